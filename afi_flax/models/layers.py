@@ -1,0 +1,92 @@
+"""The layers that every backbone is made of, with the constants that all of them share.
+
+Convolutions: He normal over the fan out, explicit padding of k // 2 on both sides, no bias.
+Batch norm: epsilon 1e-5; running <- 0.9 running + 0.1 batch, where the batch variance is the biased
+one (divided by n, as Flax computes it; PyTorch keeps the unbiased one in its running variance).
+Dense: uniform within 1 / sqrt(fan in).
+"""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+Array = jax.Array
+Dtype = Any
+
+he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# Variance b^2 / 3 of a uniform distribution within b = 1 / sqrt(fan in).
+fan_in_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def fan_in_uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+  """Initializer of a bias: uniform within 1 / sqrt(fan_in), which a bias's own shape cannot tell."""
+
+  def init(key, shape, dtype=float):
+    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+  return init
+
+
+class ConvBN(nn.Module):
+  """Convolution without bias, batch norm, and ReLU where asked.
+
+  Statistics are those of the whole batch, over all devices: under `jax.jit` with the batch split
+  over a mesh, the mean of an array is the mean of the global array.
+
+  Attributes:
+    features: output channels.
+    kernel: side of the square kernel.
+    strides: step in both directions.
+    groups: channel groups of the convolution.
+    relu: whether ReLU follows.
+    dtype: of the computation; parameters and statistics stay float32.
+  """
+
+  features: int
+  kernel: int = 3
+  strides: int = 1
+  groups: int = 1
+  relu: bool = True
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    """[B,H,W,C] -> [B, ceil(H / strides), ceil(W / strides), features], of `dtype`."""
+    pad = self.kernel // 2
+    x = nn.Conv(
+      self.features,
+      (self.kernel, self.kernel),
+      strides=self.strides,
+      padding=((pad, pad), (pad, pad)),
+      feature_group_count=self.groups,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=he_normal,
+      name='conv',
+    )(x)
+    x = nn.BatchNorm(
+      use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name='bn'
+    )(x)
+    return nn.relu(x) if self.relu else x
+
+
+class Head(nn.Module):
+  """Global average pool and the classifier, in float32.
+
+  Attributes:
+    num_classes: K.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B,H,W,C] -> logits f32 [B,K]."""
+    x = x.astype('float32').mean(axis=(1, 2))
+    return nn.Dense(
+      self.num_classes,
+      kernel_init=fan_in_uniform,
+      bias_init=fan_in_uniform_bias(x.shape[-1]),
+      name='dense',
+    )(x)
