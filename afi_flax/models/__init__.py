@@ -77,7 +77,7 @@ def create_model(
   stages: Sequence[int] | None = None,
   dtype: str = 'float32',
 ) -> nn.Module:
-  """The network of that name: `init(key, images, train=False)`, `apply(variables, images, train=...)`.
+  """The network of that name.
 
   >>> import jax, jax.numpy as jnp
   >>> model = create_model('afi_resnet32', num_classes=100)
@@ -93,7 +93,8 @@ def create_model(
     dtype: of the computation, 'float32' or 'bfloat16'.
 
   Returns:
-    A Linen module: images f32 [B,H,W,3] -> logits f32 [B,K].
+    A Linen module, `init(key, images, train=False)` and `apply(variables, images, train=...)`:
+    images f32 [B,H,W,3], normalised -> logits f32 [B,K].
 
   Raises:
     UserError: unknown name, stages that the network does not have, or stages of a plain network.

@@ -2,11 +2,11 @@
 
 Source: "AFINets: Attentive Feature Integration Networks for Image Classification", eqs. 1 and 2.
 
-A block X -> conv -> X_k -> conv -> ... becomes an AFI block by reusing what the earlier blocks of its
-stage computed at the same place: R_k, a convex combination of X_1 .. X_{k-1} learned for every
-channel, goes beside X_k into the second convolution. The first convolution may then be half as wide
-(`Fusion('half')`, the paper's first setting) or the second one sees twice as much (`Fusion('full')`,
-its second setting, AFI-B).
+A block X -> conv -> X_k -> conv -> ... becomes an AFI block by reusing what the earlier blocks of
+its stage computed at the same place: R_k, a convex combination of X_1 .. X_{k-1} learned for every
+channel, goes beside X_k into the second convolution. The first convolution may then be half as
+wide (`Fusion('half')`, the paper's first setting) or the second one sees twice as much
+(`Fusion('full')`, its second setting, AFI-B).
 """
 
 import dataclasses
@@ -125,8 +125,8 @@ def pool(x: Array) -> Feature:
 def fit(x: Array, size: tuple[int, int], channels: int) -> Array:
   """X_1 as block 2 onwards can use it: [B,H,W,C] -> [B,*size,channels], without parameters.
 
-  The first `channels` channels (zeros where there are fewer); average-pooled 2x2 with stride 2 where
-  the first block strides after its first convolution, padding left out of the mean.
+  The first `channels` channels (zeros where there are fewer); average-pooled 2x2 with stride 2
+  where the first block strides after its first convolution, padding left out of the mean.
   """
   x = x[..., :channels]
   if x.shape[1:3] != size:
@@ -164,8 +164,8 @@ def run_stage(
 
   Args:
     make_block: (index from 0, fusion) -> a module with `block(x, features, train) -> (y, X_k)`. A
-      block given a fusion makes X_k `fusion.own_channels(width)` wide and passes it with the earlier
-      features through `Fuse`; one given None is the plain network's.
+      block given a fusion makes X_k `fusion.own_channels(width)` wide and passes it with the
+      earlier features through `Fuse`; one given None is the plain network's.
     num_blocks: n.
     x: [B,H,W,C], the stage's input.
     width: w, the plain width of the first convolution in blocks 2 to n.

@@ -20,7 +20,7 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def fan_in_uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-  """Initializer of a bias: uniform within 1 / sqrt(fan_in), which a bias's own shape cannot tell."""
+  """A bias uniform within 1 / sqrt(fan_in), which its own shape cannot tell."""
 
   def init(key, shape, dtype=float):
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)

@@ -1,0 +1,37 @@
+# The commands a person types. PYTHON picks the interpreter of a new environment, VENV its folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint help
+
+help:
+	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
+	@echo 'make test        the fast tests (three minutes on two cores)'
+	@echo 'make test-all    all tests'
+	@echo 'make lint        ruff'
+
+quickstart: $(VENV)/installed
+	$(BIN)/python -m afi_flax.main --config configs/digits_afi_resnet20.py --workdir runs/quickstart
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("error: Python %d.%d found, 3.11 to 3.13 needed; use make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@

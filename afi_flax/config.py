@@ -1,0 +1,286 @@
+"""From a config, which holds what a person sets, to a Plan, with every number derived from it.
+
+The only reader of ConfigDict keys, and the place where a wrong one is explained.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_collections
+
+from afi_flax.data import augment, sources
+from afi_flax.errors import UserError, unknown
+
+# Keys that may differ when a run is resumed: they change neither its numbers nor its data.
+MAY_DIFFER = ('run', 'data.data_dir')
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What a run must know of its data before it opens them; kept in the run's folder."""
+
+  name: str
+  class_names: tuple[str, ...]
+  num_train: int
+  num_eval: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What `models.create_model` is given."""
+
+  name: str
+  num_classes: int
+  stages: tuple[int, ...] | None
+  dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where pictures come from and how they are cut."""
+
+  dataset: str
+  data_dir: str
+  train_split: str
+  eval_split: str
+  image_size: int  # pixels, of training and evaluation
+  eval_resize: int  # pixels of the short side before the centre crop
+  augment: str
+  mean: tuple[float, float, float]  # of channels in 0..1
+  std: tuple[float, float, float]
+  max_unreadable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The optimiser and its schedule, in steps."""
+
+  peak_lr: float
+  schedule: str  # 'step' | 'cosine'
+  total_steps: int
+  warmup_steps: int
+  boundaries: tuple[int, ...]
+  factor: float
+  momentum: float
+  nesterov: bool
+  weight_decay: float
+  clip_norm: float  # 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """How the run goes about it; none of this changes its result."""
+
+  resume: str
+  init_from: str
+  workers: int
+  stop_step: int
+  log_every: int  # steps
+  eval_every: int  # steps
+  save_every: int  # steps
+  keep: int
+  profile_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run, resolved: every number that the code uses."""
+
+  seed: int
+  model: Model
+  data: Data
+  dataset: Dataset
+  batch_size: int  # global
+  eval_batch_size: int  # global, a multiple of the devices
+  steps_per_epoch: float
+  optim: Optim
+  run: Run
+
+
+def resolve(
+  config: ml_collections.ConfigDict, device_count: int = 1, dataset: Dataset | None = None
+) -> Plan:
+  """Derives every dependent number and raises every error that a config can contain.
+
+  Args:
+    config: as a file in `configs/` returns it, or as a run's `config.json` stores it.
+    device_count: devices, of all processes, that share a batch.
+    dataset: sizes and names; None: looked up from the data set's table or folder.
+
+  Raises:
+    UserError: one line with the key, its value, the limit and the cure.
+  """
+  dataset = dataset or _measure(config.data)
+  batch = config.batch_size
+  _check_batch(batch, device_count, dataset.num_train)
+  _at_least('eval_batch_size', config.eval_batch_size, 1)
+  if not 0 < config.epochs < math.inf:
+    raise UserError(f'epochs {config.epochs} must be more than 0')
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f'seed {config.seed} must be in 0..4294967295')
+  steps_per_epoch = dataset.num_train / batch
+  total_steps = math.ceil(config.epochs * dataset.num_train / batch)
+  return Plan(
+    seed=config.seed,
+    model=_model(config.model, len(dataset.class_names)),
+    data=_data(config.data),
+    dataset=dataset,
+    batch_size=batch,
+    eval_batch_size=math.ceil(config.eval_batch_size / device_count) * device_count,
+    steps_per_epoch=steps_per_epoch,
+    optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
+    run=_run(config.run, steps_per_epoch, total_steps),
+  )
+
+
+def _measure(data: ml_collections.ConfigDict) -> Dataset:
+  info = sources.describe(data.dataset, data.data_dir)
+  sizes = []
+  for spec in (data.train_split, data.eval_split):
+    _, start, stop = sources.split_range(spec, info)
+    sizes.append(stop - start)
+  return Dataset(info.name, info.class_names, *sizes)
+
+
+def _check_batch(batch: int, device_count: int, num_train: int) -> None:
+  _at_least('batch_size', batch, 1)
+  if batch % device_count:
+    below, above = batch // device_count * device_count, -(-batch // device_count) * device_count
+    options = f'{below} or {above}' if below else f'{above}'
+    raise UserError(f'batch_size {batch} is not divisible by {device_count} devices; use {options}')
+  if batch > num_train:
+    raise UserError(f'batch_size {batch} is more than the {num_train} training examples')
+
+
+def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
+  _one_of('model.dtype', model.dtype, ('float32', 'bfloat16'))
+  return Model(model.name, num_classes, tuple(model.stages) or None, model.dtype)
+
+
+def _data(data: ml_collections.ConfigDict) -> Data:
+  _at_least('data.image_size', data.image_size, 1)
+  if data.eval_resize and data.eval_resize < data.image_size:
+    raise UserError(
+      f'data.eval_resize {data.eval_resize} is less than data.image_size {data.image_size}: '
+      'the centre crop would not fit; use 0 for no margin'
+    )
+  _one_of('data.augment', data.augment, (*augment.IN_MEMORY, *augment.ENCODED[1:]))
+  _at_least('data.max_unreadable', data.max_unreadable, 0)
+  for key in ('mean', 'std'):
+    if len(data[key]) != 3:
+      raise UserError(f'data.{key} {tuple(data[key])} must have 3 values, one a channel')
+  if min(data.std) <= 0:
+    raise UserError(f'data.std {tuple(data.std)} must be more than 0')
+  values = {field.name: data[field.name] for field in dataclasses.fields(Data)}
+  return Data(
+    **values
+    | {
+      'eval_resize': data.eval_resize or data.image_size,
+      'mean': tuple(data.mean),
+      'std': tuple(data.std),
+    }
+  )
+
+
+def _optim(
+  optimizer: ml_collections.ConfigDict,
+  schedule: ml_collections.ConfigDict,
+  batch: int,
+  steps_per_epoch: float,
+  total_steps: int,
+) -> Optim:
+  _one_of('optimizer.name', optimizer.name, ('sgd',))
+  _one_of('schedule.name', schedule.name, ('step', 'cosine'))
+  _at_least('schedule.base_batch_size', schedule.base_batch_size, 1)
+  for key, value in (('schedule.base_lr', schedule.base_lr), ('schedule.factor', schedule.factor)):
+    if not 0 < value < math.inf:
+      raise UserError(f'{key} {value} must be more than 0')
+  for key in ('momentum', 'weight_decay', 'clip_norm'):
+    _at_least(f'optimizer.{key}', optimizer[key], 0)
+  _at_least('schedule.warmup_epochs', schedule.warmup_epochs, 0)
+  fractions = tuple(schedule.boundaries)
+  if list(fractions) != sorted(set(fractions)) or not all(0 < f < 1 for f in fractions):
+    raise UserError(f'schedule.boundaries {fractions} must rise, as fractions of the run in (0, 1)')
+  warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
+  if warmup_steps >= total_steps and warmup_steps:
+    raise UserError(
+      f'schedule.warmup_epochs {schedule.warmup_epochs} ({warmup_steps} steps) does not leave any '
+      f'of the {total_steps} steps; use less'
+    )
+  return Optim(
+    peak_lr=schedule.base_lr * batch / schedule.base_batch_size,
+    schedule=schedule.name,
+    total_steps=total_steps,
+    warmup_steps=warmup_steps,
+    boundaries=tuple(round(f * total_steps) for f in fractions),
+    factor=schedule.factor,
+    momentum=optimizer.momentum,
+    nesterov=optimizer.nesterov,
+    weight_decay=optimizer.weight_decay,
+    clip_norm=optimizer.clip_norm,
+  )
+
+
+def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int) -> Run:
+  for key, low in (
+    ('workers', 0),
+    ('max_steps', 0),
+    ('log_every_steps', 1),
+    ('save_every_steps', 1),
+    ('keep', 1),
+    ('profile_steps', 0),
+  ):
+    _at_least(f'run.{key}', run[key], low)
+  if run.eval_every_epochs <= 0:
+    raise UserError(f'run.eval_every_epochs {run.eval_every_epochs} must be more than 0')
+  return Run(
+    resume=run.resume,
+    init_from=run.init_from,
+    workers=run.workers,
+    stop_step=min(total_steps, run.max_steps or total_steps),
+    log_every=run.log_every_steps,
+    eval_every=max(1, round(run.eval_every_epochs * steps_per_epoch)),
+    save_every=run.save_every_steps,
+    keep=run.keep,
+    profile_steps=run.profile_steps,
+  )
+
+
+def _at_least(key: str, value: Any, low: float) -> None:
+  if not value >= low:
+    raise UserError(f'{key} {value} must be at least {low}')
+
+
+def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
+  if value not in options:
+    raise unknown(key, value, options)
+
+
+def parse_variant(arg: str, **defaults: bool | tuple[int, ...]) -> ml_collections.ConfigDict:
+  """Reads what stands behind the colon of `--config file.py:b,stages=1+2`.
+
+  >>> parse_variant('b,stages=1+2', b=False, smoke=False, stages=()).stages
+  (1, 2)
+
+  Args:
+    arg: comma-separated names; a name whose default is a tuple takes `=` and numbers joined by `+`.
+    **defaults: the variants that the config knows, with what they are when not named.
+
+  Raises:
+    UserError: an unknown variant, with those that there are, or a malformed one.
+  """
+  values = dict(defaults)
+  for part in filter(None, arg.split(',')):
+    name, equals, value = part.partition('=')
+    if name not in defaults:
+      raise unknown('config variant', name, defaults)
+    if isinstance(defaults[name], tuple):
+      if not equals or not all(n.isdigit() for n in value.split('+')):
+        raise UserError(f'config variant {part!r} must be {name}=1 or {name}=1+2')
+      values[name] = tuple(int(n) for n in value.split('+'))
+    elif equals:
+      raise UserError(f'config variant {part!r} takes no value; use {name!r}')
+    else:
+      values[name] = True
+  return ml_collections.ConfigDict(values)

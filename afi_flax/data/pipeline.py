@@ -1,0 +1,352 @@
+"""The stream of batches: a pure function of (seed, batch number), and of nothing else.
+
+Example n of the training stream is position n mod N of epoch n div N, in that epoch's permutation
+of the split's N examples. Global batch k is examples k*B to (k+1)*B; process p of P gets rows
+[p*b, (p+1)*b) of it, b = B/P. So a run resumes at any batch at once, and neither processes nor
+workers change what it sees. Small sets are batched in memory; encoded pictures go through grain.
+
+grain imports jax where it is installed (it starts no backend); nothing else here does.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from afi_flax import random_draws
+from afi_flax.data import augment as augment_lib
+from afi_flax.data import decode, sources
+from afi_flax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_TRIES = 16  # pictures tried in a row for one place in a training batch
+_STREAM_END = 1 << 60  # positions; grain wants a length
+
+
+def train_batches(
+  source: sources.Arrays | sources.Encoded,
+  *,
+  seed: int,
+  data_step: int,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  augment: str,
+  image_size: int,
+  workers: int = 0,
+  max_unreadable: int = 100,
+) -> Iterator[Batch]:
+  """This process's share of the training batches, from number data_step on, without end.
+
+  A picture that cannot be read is replaced by the next one (by example number) that can.
+
+  Args:
+    source: from `sources.open_split`.
+    seed: of the run.
+    data_step: number of the first batch, from 0.
+    batch_size: of the global batch.
+    process_index: this process's number.
+    process_count: of all processes that share the global batch.
+    augment: one of `augment.IN_MEMORY` or `augment.ENCODED`.
+    image_size: of the square pictures, in pixels.
+    workers: processes that decode; 0 decodes in threads. In-memory sets need none.
+    max_unreadable: how many different pictures may be unreadable, in this process.
+
+  Returns:
+    Iterator of {'image' u8 [b,S,S,3], 'label' i32 [b], 'example' i32 [b], 'epoch' i32 [b]};
+    closing it ends the workers.
+
+  Raises:
+    UserError: at once for arguments that do not fit; while iterating, past max_unreadable.
+  """
+  share = _share(batch_size, process_count)
+  known = augment_lib.IN_MEMORY if _in_memory(source) else augment_lib.ENCODED
+  if augment not in known:
+    kind = 'a set decoded in memory' if _in_memory(source) else 'encoded pictures'
+    raise UserError(f'augment {augment!r} does not go with {kind}; use one of {", ".join(known)}')
+  if _in_memory(source):
+    _check_size(source, image_size)
+    starts = itertools.count(data_step * batch_size + process_index * share, batch_size)
+    return (_train_batch(source, start + np.arange(share), seed, augment) for start in starts)
+  element = _TrainElement(source, seed, augment, image_size)
+  first = data_step * process_count + process_index
+  batches = _grain_batches(element, _STREAM_END, share, first, process_count, workers)
+  return _drop_bad(batches, source, max_unreadable)
+
+
+def eval_batches(
+  source: sources.Arrays | sources.Encoded,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  image_size: int,
+  resize: int | None = None,
+  workers: int = 0,
+  max_unreadable: int = 100,
+) -> Iterator[Batch]:
+  """One pass over a split in its own order, every example exactly once over all processes.
+
+  All batches have one shape and all processes equally many: the end is padded with mask 0.
+
+  Args:
+    source: from `sources.open_split`.
+    batch_size: of the global batch.
+    process_index: this process's number.
+    process_count: of all processes that share the global batch.
+    image_size: of the centre crop, in pixels.
+    resize: short side in pixels before the crop; None is image_size. Encoded pictures only.
+    workers: as in `train_batches`.
+    max_unreadable: as in `train_batches`.
+
+  Returns:
+    Iterator of {'image' u8 [b,S,S,3], 'label' i32 [b], 'example' i32 [b], 'mask' f32 [b]}; mask is
+    1 for a real example and 0 for padding (example -1) and for a picture that cannot be read.
+
+  Raises:
+    UserError: as `train_batches`.
+  """
+  share = _share(batch_size, process_count)
+  resize = image_size if resize is None else resize
+  if resize < image_size:
+    raise UserError(f'resize {resize} is less than image_size {image_size}; make it as large')
+  num_batches = -(-len(source) // batch_size)
+  if _in_memory(source):
+    _check_size(source, image_size)
+    if resize != image_size:
+      raise UserError(f'resize {resize}: pictures in memory are not resized; use {image_size}')
+    starts = (k * batch_size + process_index * share for k in range(num_batches))
+    return (_eval_batch(source, start + np.arange(share)) for start in starts)
+  element = _EvalElement(source, resize, image_size)
+  positions = num_batches * batch_size
+  batches = _grain_batches(element, positions, share, process_index, process_count, workers)
+  return _drop_bad(batches, source, max_unreadable)
+
+
+def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+  """Applies `put` (host batch -> device batch) in a thread, up to `depth` batches ahead.
+
+  Args:
+    batches: what to read; closed with this iterator where it can be.
+    put: applied to each batch, in the thread.
+    depth: batches that wait at most.
+
+  Returns:
+    Iterator of what `put` returns. Exceptions of `batches` and `put` are raised by it; closing it
+    ends the thread.
+  """
+  waiting: queue.Queue = queue.Queue(depth)
+  stop = threading.Event()
+
+  def offer(item) -> None:
+    while not stop.is_set():
+      try:
+        return waiting.put(item, timeout=0.1)
+      except queue.Full:
+        continue
+
+  def work() -> None:
+    try:
+      for batch in batches:
+        if stop.is_set():
+          break
+        offer((put(batch), None))
+      offer((None, StopIteration()))
+    except BaseException as e:  # whatever it is, it belongs to the consumer
+      offer((None, e))
+    finally:
+      if hasattr(batches, 'close'):
+        batches.close()
+
+  thread = threading.Thread(target=work, name='prefetch', daemon=True)
+  thread.start()
+  try:
+    while True:
+      batch, error = waiting.get()
+      if isinstance(error, StopIteration):
+        return
+      if error is not None:
+        raise error
+      yield batch
+  finally:
+    stop.set()
+    thread.join()
+
+
+def _in_memory(source) -> bool:
+  return isinstance(source, sources.Arrays)
+
+
+def _share(batch_size: int, process_count: int) -> int:
+  if batch_size <= 0 or batch_size % process_count:
+    near = max(batch_size // process_count, 1) * process_count
+    raise UserError(
+      f'batch size {batch_size} is not divisible by {process_count} processes; '
+      f'use {near} or {near + process_count}'
+    )
+  return batch_size // process_count
+
+
+def _check_size(source: sources.Arrays, image_size: int) -> None:
+  if source.images.shape[1:3] != (image_size, image_size):
+    height, width = source.images.shape[1:3]
+    raise UserError(f'image_size {image_size}: the pictures are {width} x {height}; use {width}')
+
+
+# ---- order
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+  return random_draws.permutation(n, seed, epoch).astype(np.int32)
+
+
+_one_at_a_time = threading.Lock()  # or each of many threads would sort at the start of an epoch
+
+
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+  with _one_at_a_time:
+    return _permutation(n, seed, epoch)
+
+
+# ---- in memory
+
+
+def _train_batch(source: sources.Arrays, position: np.ndarray, seed: int, augment: str) -> Batch:
+  """The batch at these positions of the stream: int64 [b]."""
+  n = len(source)
+  epoch, place = np.divmod(position, n)
+  example = np.empty(len(position), np.int32)
+  for e in np.unique(epoch):
+    example[epoch == e] = _epoch_order(n, seed, int(e))[place[epoch == e]]
+  epoch = epoch.astype(np.int32)
+  images = augment_lib.arrays(augment, source.images[example], seed, epoch, example)
+  return {'image': images, 'label': source.labels[example], 'example': example, 'epoch': epoch}
+
+
+def _eval_batch(source: sources.Arrays, position: np.ndarray) -> Batch:
+  real = position < len(source)
+  at = np.where(real, position, 0)
+  return {
+    'image': source.images[at] * real[:, None, None, None],
+    'label': source.labels[at] * real,
+    'example': np.where(real, position, -1).astype(np.int32),
+    'mask': real.astype(np.float32),
+  }
+
+
+# ---- encoded, through grain
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainElement:
+  """Position in the stream -> one example; 'bad' are the examples that it had to pass over."""
+
+  source: sources.Encoded
+  seed: int
+  augment: str
+  image_size: int
+
+  def __call__(self, position: int) -> Batch:
+    n = len(self.source)
+    epoch, place = divmod(int(position), n)
+    wanted = int(_epoch_order(n, self.seed, epoch)[place])
+    bad = np.full(_TRIES, -1, np.int32)
+    for k in range(_TRIES):
+      example = (wanted + k) % n
+      try:
+        data, label = self.source.read(example)
+        image = augment_lib.encoded(self.augment, data, self.image_size, self.seed, epoch, example)
+      except (OSError, decode.UnreadableError):
+        bad[k] = example
+        continue
+      return _element(image, label, example, bad) | {'epoch': np.int32(epoch)}
+    raise UserError(
+      f'{_TRIES} pictures in a row cannot be read, {self.source.name(wanted)} the first; '
+      'repair or remove them'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalElement:
+  """Position in the padded split -> one example, or an empty one with mask 0."""
+
+  source: sources.Encoded
+  resize: int
+  image_size: int
+
+  def __call__(self, position: int) -> Batch:
+    example = int(position)
+    bad = np.full(1, -1, np.int32)
+    if example < len(self.source):
+      try:
+        data, label = self.source.read(example)
+        image = decode.resize_centre_crop(data, self.resize, self.image_size)
+        return _element(image, label, example, bad) | {'mask': np.float32(1)}
+      except (OSError, decode.UnreadableError):
+        bad[0] = example
+    else:
+      example = -1
+    image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    return _element(image, 0, example, bad) | {'mask': np.float32(0)}
+
+
+def _element(image: np.ndarray, label: int, example: int, bad: np.ndarray) -> Batch:
+  return {'image': image, 'label': np.int32(label), 'example': np.int32(example), 'bad': bad}
+
+
+def _grain_batches(
+  element: Callable[[int], Batch],
+  positions: int,
+  share: int,
+  first: int,
+  step: int,
+  workers: int,
+) -> Iterator[Batch]:
+  """Batches of `share` elements: number `first` and every `step`-th from there.
+
+  Batched before it is sliced by process, and sliced before the workers: so neither changes which
+  examples a batch has. Threads and workers hold a batch each.
+  """
+  import grain  # slow to import, and only large sets need it
+
+  if not flags.FLAGS.is_parsed():  # grain passes its flags on to its workers
+    flags.FLAGS.mark_as_parsed()
+  dataset = grain.MapDataset.range(positions).map(element).batch(share, drop_remainder=True)
+  threads = 1 if workers else max(2, min(16, len(os.sched_getaffinity(0))))
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  read_ahead = dataset[first::step].to_iter_dataset(options)
+  iterator = iter(read_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+  try:
+    for batch in iterator:
+      # A worker's batch is shared memory: copied here, it is given back at once.
+      yield {key: np.array(value) for key, value in batch.items()} if workers else batch
+  finally:
+    iterator.close()
+
+
+def _drop_bad(batches: Iterator[Batch], source: sources.Encoded, limit: int) -> Iterator[Batch]:
+  """Takes 'bad' out of the batches; names each unreadable picture once, and counts them."""
+  seen = set()
+  with contextlib.closing(batches):
+    for batch in batches:
+      for example in batch.pop('bad').ravel().tolist():
+        if example < 0 or example in seen:
+          continue
+        seen.add(example)
+        logging.warning('cannot read %s (example %d)', source.name(example), example)
+        if len(seen) > limit:
+          raise UserError(
+            f'{len(seen)} pictures cannot be read and max_unreadable is {limit}; the last is '
+            f'{source.name(example)}. Repair or remove them, or raise the limit.'
+          )
+      yield batch

@@ -1,0 +1,152 @@
+"""Archives or downloads -> array_record files, through TFDS's own builders.
+
+TFDS's builders of CIFAR want TensorFlow only to unpack their archive and to encode PNGs; here they
+do both without it, with the same examples in the same order. imagenet2012's builder needs it.
+"""
+
+import importlib.util
+import os
+import pathlib
+import tarfile
+import urllib.request
+
+import numpy as np
+
+from afi_flax import errors
+from afi_flax.data import sources
+from afi_flax.errors import UserError
+
+_CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/'
+_IMAGENET_URL = 'https://image-net.org/download-images'  # after registration there
+_ARCHIVES = {
+  'cifar10': (_CIFAR_URL, ('cifar-10-binary.tar.gz',)),
+  'cifar100': (_CIFAR_URL, ('cifar-100-binary.tar.gz',)),
+  'imagenet2012': (_IMAGENET_URL, ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')),
+}
+_PROBE_SECONDS = 5
+
+
+def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
+  """Writes the array_record files of a data set, where it needs any and has none yet.
+
+  Args:
+    dataset: a name that `sources.known_datasets` lists.
+    data_dir: the TFDS folder to write into; '' is TFDS's own default.
+    archives: a folder with the original archives, under their original names; '' downloads them.
+
+  Returns:
+    One line that says what is there now.
+
+  Raises:
+    UserError: what is missing, and where to fetch it.
+  """
+  if dataset not in sources.known_datasets():
+    raise errors.unknown('data set', dataset, sources.known_datasets())
+  if dataset not in _ARCHIVES:
+    return f'{dataset} needs no preparing'
+  root = sources.tfds_root(data_dir)
+  prepared = sources.find_prepared(dataset, data_dir)
+  if prepared is not None:
+    if (found := sources.file_format(prepared)) != 'array_record':
+      raise UserError(
+        f'{prepared} holds {found} files, which a run cannot read; give another --data_dir'
+      )
+    return f'{dataset} is already prepared in {prepared}'
+  _check_archives(dataset, root, archives)
+  if dataset == 'imagenet2012' and importlib.util.find_spec('tensorflow') is None:
+    raise UserError(
+      f"TFDS needs TensorFlow to prepare {dataset}; run `pip install 'afi_flax[tensorflow]'`"
+    )
+  _build(dataset, root, archives)
+  info = sources.describe(dataset, data_dir)
+  sizes = ', '.join(f'{n} {split}' for split, n in info.num_examples.items())
+  return f'prepared {dataset} in {sources.find_prepared(dataset, data_dir)}: {sizes} examples'
+
+
+def _check_archives(dataset: str, root: pathlib.Path, archives: str) -> None:
+  """Raises where neither the archives nor a way to download them are there."""
+  url, names = _ARCHIVES[dataset]
+  cure = (
+    f'fetch {" and ".join(names)} from {url}, put into a folder A, and run '
+    f'`python -m afi_flax.prepare --dataset {dataset} --data_dir {root} --archives A`'
+  )
+  if archives:
+    missing = [name for name in names if not (pathlib.Path(archives).expanduser() / name).is_file()]
+    if missing:
+      raise UserError(f'{archives} has no {" and no ".join(missing)}; {cure}')
+  elif dataset == 'imagenet2012':
+    raise UserError(f'{dataset} cannot be downloaded without an account; {cure}')
+  elif problem := _unreachable(url + names[0]):
+    raise UserError(f'{url + names[0]} cannot be reached ({problem}); {cure}')
+
+
+def _unreachable(url: str) -> str:
+  """Why a URL cannot be fetched, or ''; asked once, since TFDS asks ten times before it fails."""
+  try:
+    request = urllib.request.Request(url, method='HEAD')
+    with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+      return ''
+  except OSError as e:  # URLError, HTTPError and timeouts are OSErrors
+    return str(getattr(e, 'reason', e))
+
+
+def _build(dataset: str, root: pathlib.Path, archives: str) -> None:
+  import tensorflow_datasets as tfds
+
+  root.mkdir(parents=True, exist_ok=True)
+  where = {'data_dir': os.fspath(root), 'file_format': 'array_record'}
+  if dataset == 'imagenet2012':
+    builder = tfds.builder(dataset, **where)
+  else:
+    builder = _cifar_builder(dataset)(**where)
+  manual_dir = os.fspath(pathlib.Path(archives).expanduser()) if archives else None
+  config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+  try:
+    builder.download_and_prepare(download_config=config)
+  except Exception as e:
+    if type(e).__name__ == 'NonMatchingChecksumError':  # TFDS does not export it
+      url, names = _ARCHIVES[dataset]
+      raise UserError(
+        f'{names[0]} is damaged or cut short (wrong checksum); fetch it again from {url}'
+      ) from e
+    if isinstance(e, OSError | tarfile.TarError):
+      raise UserError(f'{dataset} could not be prepared in {root}: {e}') from e
+    raise
+
+
+def _cifar_builder(dataset: str):
+  """TFDS's builder class of a CIFAR, with the two steps that need TensorFlow replaced."""
+  import cv2
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.image_classification import cifar
+
+  base = {'cifar10': cifar.Cifar10, 'cifar100': cifar.Cifar100}[dataset]
+  with tfds.core.registered.skip_registration():
+
+    class Builder(base):
+      name = base.name
+      __module__ = base.__module__  # where TFDS looks for the archive's checksum
+
+      def _split_generators(self, dl_manager):
+        url, names = _ARCHIVES[dataset]
+        info = self._cifar_info
+        with tarfile.open(dl_manager.download(url + names[0])) as tar:
+          files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        for key, file in zip(info.label_keys, info.label_files, strict=True):
+          self.info.features[key].names = files[info.prefix + file].decode().split()
+        blobs = {
+          split: b''.join(files[info.prefix + file] for file in wanted)
+          for split, wanted in (('train', info.train_files), ('test', info.test_files))
+        }
+        return {split: self._generate_examples(split, blob) for split, blob in blobs.items()}
+
+      def _generate_examples(self, split, blob):
+        """Records are the label bytes and then 3 x 32 x 32 pixel bytes."""
+        keys = self._cifar_info.label_keys
+        for i, row in enumerate(np.frombuffer(blob, np.uint8).reshape(-1, len(keys) + 3072)):
+          bgr = row[len(keys) :].reshape(3, 32, 32)[::-1].transpose(1, 2, 0)
+          png = cv2.imencode('.png', np.ascontiguousarray(bgr))[1].tobytes()
+          labels = dict(zip(keys, map(int, row), strict=False))
+          yield i, {'id': f'{split}_{i:05d}', 'image': png, **labels}
+
+  return Builder

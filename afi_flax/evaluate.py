@@ -1,0 +1,101 @@
+"""Evaluation over a whole split: every example counts exactly once.
+
+The last batch is padded to the shape of the others and masked, so one compiled program serves any
+number of examples, devices and processes.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import ml_collections
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from afi_flax import metrics, report, run, sharding, steps
+from afi_flax.config import Plan
+from afi_flax.data import pipeline, sources
+
+
+class Evaluator:
+  """Evaluates variables of one model on one split, as often as asked.
+
+  Attributes:
+    split: what is evaluated, as the config names it.
+  """
+
+  def __init__(self, plan: Plan, model: nn.Module, mesh: Mesh):
+    """Opens the split; UserError where it cannot be read."""
+    self.split = plan.data.eval_split
+    self._plan, self._mesh = plan, mesh
+    self._source = sources.open_split(plan.data.dataset, plan.data.data_dir, self.split)
+    self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
+    self._step = jax.jit(
+      steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
+    )
+
+  def __call__(
+    self,
+    variables: dict,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> dict | None:
+    """Counts every example of the split once.
+
+    Args:
+      variables: `params` and `batch_stats`, on the mesh.
+      on_progress: told (examples done, examples in all).
+      should_stop: asked after every batch; where it says so, the evaluation ends with None.
+
+    Returns:
+      `split`, `loss` (nats), `top1` and `top5` (fractions), `examples` and `images_per_second`.
+    """
+    start = time.perf_counter()
+    total = len(self._source)
+    parts = []
+    batches = pipeline.prefetch(self._host_batches(), self._put)
+    try:
+      for done, batch in enumerate(batches, start=1):
+        parts.append(self._step(variables, batch))
+        if len(parts) > 2:  # not further ahead of the device than the bar should be
+          parts[-3]['examples'].block_until_ready()
+        on_progress(min(done * self._batch_size, total), total)
+        if should_stop():
+          return None
+    finally:
+      batches.close()
+    record = metrics.means(parts)
+    rate = record['examples'] / (time.perf_counter() - start)
+    return {'split': self.split} | record | {'images_per_second': rate}
+
+  def _host_batches(self):
+    data = self._plan.data
+    return pipeline.eval_batches(
+      self._source,
+      batch_size=self._batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      image_size=data.image_size,
+      resize=data.eval_resize,
+      workers=self._plan.run.workers,
+      max_unreadable=data.max_unreadable,
+    )
+
+  def _put(self, batch):
+    return sharding.put_batch(batch, self._mesh)
+
+
+def evaluate_run(
+  workdir: str, checkpoint: str = 'last', config: ml_collections.ConfigDict | None = None
+) -> dict:
+  """Evaluates a run's checkpoint; arguments as for `run.load_run`, the record as an Evaluator's."""
+  mesh = sharding.make_mesh()
+  loaded = run.load_run(workdir, checkpoint, config, mesh)
+  evaluator = Evaluator(loaded.plan, loaded.model, mesh)
+  console = report.Console(jax.process_index() == 0)
+  try:
+    record = evaluator(loaded.variables, console.evaluating)
+  finally:
+    console.close()
+  return {'step': loaded.step} | record

@@ -1,0 +1,57 @@
+"""The command: flags, devices, train or eval. No logic.
+
+Exit status: 0 done; 2 a mistake in what was asked for (one line says which); 75 stopped by a signal
+with the state saved, to be started again.
+"""
+
+import os
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from afi_flax import checkpoint, evaluate, report
+from afi_flax.errors import UserError
+from afi_flax.train import StoppedError, train
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'What to train: configs/NAME.py[:VARIANT].'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder; the same command resumes it.")
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train also evaluates as it goes.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', 'For eval: last, best or a step.')
+
+
+def main(_) -> None:
+  if not _WORKDIR.value:
+    raise UserError('no --workdir; give a folder for the run, such as --workdir runs/first')
+  logging.set_verbosity(logging.WARNING)
+  checkpoint.quiet_orbax()
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
+  if _MODE.value == 'eval':
+    record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)
+    print(report.describe_evaluation(record))
+  elif _CONFIG.value is None:
+    raise UserError('no --config; give one, such as --config configs/digits_afi_resnet20.py')
+  else:
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+def run() -> None:
+  """Runs the command; a user's mistake ends in one line."""
+  try:
+    app.run(main)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except StoppedError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED)
+
+
+if __name__ == '__main__':
+  run()

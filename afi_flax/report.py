@@ -1,0 +1,527 @@
+"""What a person sees of a run: progress, event files for TensorBoard, curves.png, the last lines.
+
+Progress goes to stderr, as a bar on a terminal and as plain lines elsewhere; the closing summary
+goes to stdout.
+"""
+
+import itertools
+import os
+import pathlib
+import shlex
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from afi_flax.workdir import Workdir
+
+Record = dict[str, Any]  # one line of metrics.jsonl
+
+_REDRAW = 0.1  # seconds between two drawings of the bar
+_QUIET = 60.0  # seconds without a line before a long evaluation says how far it is
+_DRAWING_SHARE = 0.05  # of the run's time that may go into redrawing curves.png
+_SMOOTHED_FROM = 200  # points of a curve, above which a running mean is drawn over it
+
+
+def duration(seconds: float) -> str:
+  """'3:05' or '1:02:33'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def rate(per_second: float) -> str:
+  """Three to four significant digits: '9.31', '93.1', '2,310', '12,350'."""
+  if per_second < 99.95:
+    return f'{per_second:.3g}'
+  return f'{float(f"{per_second:.4g}"):,.0f}'
+
+
+def describe_evaluation(record: Record) -> str:
+  """One evaluation in words: 'test  loss 1.2345  top-1 71.20%  top-5 92.01%  of 10,000'."""
+  return '  '.join(
+    (
+      record['split'],
+      f'loss {record["loss"]:.4f}',
+      f'top-1 {record["top1"]:6.2%}',
+      f'top-5 {record["top5"]:6.2%}',
+      f'of {record["examples"]:,}',
+    )
+  )
+
+
+class Console:
+  """Talks to stderr: one bar with lines above it on a terminal, plain lines elsewhere."""
+
+  def __init__(self, enabled: bool = True):
+    """`enabled` is False on all processes but the first: then nothing is ever printed."""
+    self._enabled = enabled
+    self.has_bar = enabled and sys.stderr.isatty()
+    self._bar = None
+    self._next_redraw = 0.0
+    self._last_line = time.monotonic()
+
+  def say(self, text: str) -> None:
+    """Prints a line (or a table), above the bar where there is one."""
+    if not self._enabled:
+      return
+    self._last_line = time.monotonic()
+    if self._bar is None:
+      print(text, file=sys.stderr, flush=True)
+    else:
+      tqdm.tqdm.write(text, file=sys.stderr)
+
+  def due(self) -> bool:
+    """Whether the bar may be drawn again: at most ten times a second, never without a terminal."""
+    return self.has_bar and time.monotonic() >= self._next_redraw
+
+  def show(self, done: int, total: int, parts: Sequence[str]) -> None:
+    """Draws the bar at done/total; parts that find no room are left out, the last one stays."""
+    if not self.has_bar:
+      return
+    self._next_redraw = time.monotonic() + _REDRAW
+    columns = _columns()
+    if self._bar is None:
+      self._bar = tqdm.tqdm(total=1, file=sys.stderr, bar_format=' ', ncols=columns, nrows=20)
+    # A bar of fixed length: one that filled the line would jump with every digit of the text.
+    self._bar.bar_format = '{percentage:3.0f}% '
+    room = columns - 5
+    if columns >= 100:
+      self._bar.bar_format += '{bar:10}  '
+      room -= 12
+    parts = list(parts)
+    while len(parts) > 2 and len('  '.join(parts)) > room:
+      del parts[-2]
+    self._bar.bar_format += '{desc}'
+    self._bar.n, self._bar.total, self._bar.ncols = done, max(total, 1), columns
+    self._bar.set_description_str('  '.join(parts), refresh=False)
+    self._bar.refresh()
+
+  def evaluating(self, done: int, total: int) -> None:
+    """Shows how many of the examples are evaluated; without a terminal at most once a minute."""
+    if self.has_bar:
+      if self.due() or done >= total:
+        self.show(done, total, [f'evaluating  {done:,}/{total:,}'])
+    elif self._enabled and time.monotonic() >= self._last_line + _QUIET:
+      self.say(f'evaluating: {done:,} of {total:,} ({done / total:.0%})')
+
+  def close(self) -> None:
+    """Leaves the bar as it is and goes to the next line."""
+    if self._bar is not None:
+      self._bar.close()
+      self._bar = None
+
+
+class Reporter:
+  """Reports a training run; on all processes but the first its methods do nothing.
+
+  Example:
+    reporter = Reporter(workdir, total_steps=7800, stop_step=7800, steps_per_epoch=390.625,
+                        start_step=0, enabled=jax.process_index() == 0, title='afi_resnet32')
+    for step in range(1, 7801):
+      ...
+      reporter.progress(step)
+    reporter.close()
+    reporter.summary('test')
+  """
+
+  def __init__(
+    self,
+    workdir: Workdir,
+    *,
+    total_steps: int,
+    stop_step: int,
+    steps_per_epoch: float,
+    start_step: int,
+    enabled: bool,
+    title: str = '',
+  ):
+    """Opens a new event file and shows the bar.
+
+    Args:
+      workdir: the run's folder, its metrics already cut back to `start_step`.
+      total_steps: the whole schedule's steps.
+      stop_step: the step after which this run ends: total_steps or less.
+      steps_per_epoch: need not be whole, as batches straddle epochs.
+      start_step: the step restored from a checkpoint, or 0.
+      enabled: whether this process reports.
+      title: what is trained, written over the curves.
+    """
+    self._workdir = workdir
+    self._total_steps = total_steps
+    self._stop_step = stop_step
+    self._steps_per_epoch = steps_per_epoch
+    self._step = start_step
+    self._enabled = enabled
+    self._title = title
+    self.console = Console(enabled)
+    self._first_done: tuple[int, float] | None = None  # the first step of this run, and when
+    self._results: list[str] = ['compiling the first step']
+    self._drawing_due = 0.0
+    self._undrawn = False
+    self._closed = False
+    if enabled:
+      self._events = _EventFile(workdir.events_dir, purge_step=start_step + 1)
+      self._draw_bar()
+
+  def say(self, text: str) -> None:
+    """Prints a line (or a table), above the bar where there is one."""
+    self.console.say(text)
+
+  def progress(self, step: int) -> None:
+    """Call after every step: it takes note of the step and now and then moves the bar."""
+    self._step = step
+    if self._first_done is None:  # compiling is over: speed is measured from here
+      self._first_done = (step, time.monotonic())
+      self._results = []
+    if self.console.due():
+      self._draw_bar()
+
+  def train(self, record: Record, learning_rate: float) -> None:
+    """Reports the means over the steps since the last such record.
+
+    Args:
+      record: step, split 'train', loss, top1 and top5 (fractions), examples, images_per_second.
+      learning_rate: that of the record's last step; it is stored with the record.
+    """
+    if not self._enabled:
+      return
+    record = {**record, 'learning_rate': learning_rate}
+    self._store(record)
+    loss = record['loss']
+    self._results = [
+      f'loss {f"{loss:.3f}" if loss < 10 else f"{loss:.4g}"}',
+      f'top-1 {record["top1"]:5.1%}',
+      f'lr {learning_rate:<8.3g}',
+      f'{rate(record["images_per_second"]):>6} pictures/s',
+    ]
+    if self.console.has_bar:
+      self._draw_bar()
+    else:
+      self.say('  '.join(self._parts(record['step'])))
+
+  def evaluation(self, record: Record) -> None:
+    """Reports a whole split's evaluation: as `train`, with the name of the split in `split`."""
+    if not self._enabled:
+      return
+    self._store(record)
+    self.say('  '.join([*self._position(record['step']), describe_evaluation(record)]))
+    self._draw_bar()  # where the evaluation's was
+
+  def evaluating(self, done: int, total: int) -> None:
+    """Shows how many examples of a split are evaluated so far."""
+    self.console.evaluating(done, total)
+
+  def draw_curves(self) -> None:
+    """Brings curves.png up to date, or leaves it to a later call if that came too often.
+
+    A drawing takes a fraction of a second, which a run that evaluates every few seconds would
+    feel; so at most a twentieth of the time goes into it. `close` draws what was left out.
+    """
+    if not self._enabled:
+      return
+    self._undrawn = True
+    start = time.monotonic()
+    if start >= self._drawing_due:
+      self._draw_curves()
+      end = time.monotonic()
+      self._drawing_due = end + (end - start) / _DRAWING_SHARE
+
+  def close(self) -> None:
+    """Closes the event file, finishes the bar and the curves. Calling it again does nothing."""
+    if not self._enabled or self._closed:
+      return
+    self._closed = True
+    self._events.close()
+    self.console.close()
+    if self._undrawn:
+      self._draw_curves()
+
+  def summary(self, split: str, hint: str = '') -> None:
+    """Prints to stdout what was reached, where the curves are and what to run next.
+
+    Args:
+      split: the evaluated split that is reported, on which the best checkpoint was picked.
+      hint: what else can be done now; put in brackets behind the command for the evaluation.
+    """
+    if not self._enabled:
+      return
+    folder = shlex.quote(_shown(self._workdir.folder))
+    command = f'python -m afi_flax.main --mode=eval --workdir {folder}'
+    print(self._reached(split))
+    print(f'Curves: {_shown(self._workdir.curves_path)}')
+    print(f'Next: {command}{f"  ({hint})" if hint else ""}', flush=True)
+
+  def _reached(self, split: str) -> str:
+    start = ''
+    if self._stop_step < self._total_steps:
+      start = f'Ended by max_steps at step {self._stop_step} of {self._total_steps}: '
+    records = [r for r in self._workdir.read_metrics() if r['split'] == split]
+    if not records:
+      return f'{start}{split} was not evaluated'
+    last, best = records[-1], max(records, key=lambda r: r['top1'])
+    text = f'{start}{split} top-1 {last["top1"]:.2%} ({last["examples"]:,} examples)'
+    if best['top1'] <= last['top1']:
+      return f'{text} at epoch {self._epoch(last):g}, its best'
+    return (
+      f'{text}, best {best["top1"]:.2%} at epoch {self._epoch(best):g} '
+      f'(picked on the {split} split, so optimistic)'
+    )
+
+  def _epoch(self, record: Record) -> float:
+    return round(record['step'] / self._steps_per_epoch, 2)
+
+  def _store(self, record: Record) -> None:
+    self._workdir.append_metrics(record)
+    skipped = ('step', 'split', 'examples')
+    scalars = {f'{record["split"]}/{k}': v for k, v in record.items() if k not in skipped}
+    self._events.add(record['step'], scalars)
+
+  def _draw_curves(self) -> None:
+    self._undrawn = False
+    records = self._workdir.read_metrics()
+    draw_curves(records, self._workdir.curves_path, self._steps_per_epoch, self._title)
+
+  def _draw_bar(self) -> None:
+    self.console.show(self._step, self._stop_step, self._parts(self._step))
+
+  def _position(self, step: int) -> list[str]:
+    width = len(f'{self._total_steps / self._steps_per_epoch:.2f}')
+    return [
+      f'{step:>{len(str(self._stop_step))}}/{self._stop_step}',
+      f'epoch {step / self._steps_per_epoch:{width}.2f}',
+    ]
+
+  def _parts(self, step: int) -> list[str]:
+    return [*self._position(step), *self._results, *self._time_left(step)]
+
+  def _time_left(self, step: int) -> list[str]:
+    """At the mean speed since compiling, evaluations included: they will come again."""
+    if self._first_done is None or step <= self._first_done[0]:
+      return []
+    first, since = self._first_done
+    seconds = (time.monotonic() - since) / (step - first) * (self._stop_step - step)
+    return [f'{duration(seconds)} left']
+
+
+def _columns() -> int:
+  """Of the terminal, but for the last one; some that are not on a screen say that they have 0."""
+  try:
+    return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+  except OSError:
+    return 79
+
+
+def _shown(path: str | os.PathLike) -> str:
+  """The path as one would type it here."""
+  path = pathlib.Path(path).absolute()
+  here = pathlib.Path.cwd()
+  return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+# Event files: TFRecords of `Event` messages, encoded by hand since that is all of the format that
+# scalars need. https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/util/event.proto
+# (tensorboardX imports PyTorch where it is installed, hangs the run when the disk is full, and
+# overwrites its file when a run restarts within the same second.)
+
+
+class _EventFile:
+  """Writes scalars for TensorBoard, flushed at every call."""
+
+  def __init__(self, folder: str | os.PathLike, purge_step: int):
+    """Opens a new file in `folder`; older files' events from `purge_step` on are not shown."""
+    os.makedirs(folder, exist_ok=True)
+    name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'  # read in order of name
+    self._file = open(os.path.join(folder, name), 'xb')  # noqa: SIM115 - open as long as the run
+    self._write(0, _message(3, b'brain.Event:2'))  # file_version
+    self._write(purge_step, _message(7, b'\x08\x01'))  # session_log.status = START
+
+  def add(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes one value for each tag."""
+    values = (
+      _message(1, tag.encode()) + b'\x15' + struct.pack('<f', value)  # tag, simple_value
+      for tag, value in scalars.items()
+    )
+    self._write(step, _message(5, b''.join(_message(1, value) for value in values)))  # summary
+
+  def close(self) -> None:
+    self._file.close()
+
+  def _write(self, step: int, what: bytes) -> None:
+    event = b'\x09' + struct.pack('<d', time.time()) + b'\x10' + _varint(step) + what
+    length = struct.pack('<Q', len(event))
+    self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
+    self._file.flush()
+
+
+def _varint(n: int) -> bytes:
+  out = bytearray()
+  while n > 127:
+    out.append(n & 127 | 128)
+    n >>= 7
+  return bytes([*out, n])
+
+
+def _message(field: int, content: bytes) -> bytes:
+  return bytes([field << 3 | 2]) + _varint(len(content)) + content
+
+
+def _crc_table() -> list[int]:
+  table = list(range(256))
+  for _ in range(8):
+    table = [n >> 1 ^ (0x82F63B78 if n & 1 else 0) for n in table]
+  return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def _masked_crc(data: bytes) -> bytes:
+  """CRC-32C, masked as TFRecords have it."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 255]
+  crc ^= 0xFFFFFFFF
+  return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+_COLOURS = ('#4C78A8', '#E4572E', '#54A24B', '#B279A2', '#9D755D')  # train, then evaluated splits
+_GREY = '#8A8F98'
+
+
+def draw_curves(
+  records: list[Record], path: str | os.PathLike, steps_per_epoch: float, title: str = ''
+) -> None:
+  """Draws loss and top-1 accuracy over epochs into a PNG file, which is replaced atomically.
+
+  Args:
+    records: lines of metrics.jsonl in the order of their steps; none draws nothing.
+    path: the PNG file.
+    steps_per_epoch: scales the horizontal axis.
+    title: what was trained.
+  """
+  from matplotlib import figure  # a second, which only a process that draws should pay
+
+  if not records:
+    return
+  splits = sorted({r['split']: None for r in records}, key=lambda split: split != 'train')
+  fig = figure.Figure(figsize=(10, 3.8), dpi=150, layout='constrained', facecolor='white')
+  fig.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03)
+  loss_axes, top1_axes = fig.subplots(1, 2)
+  epochs, losses, top1 = {}, {}, {}
+  for split in splits:
+    own = [r for r in records if r['split'] == split]
+    epochs[split] = np.array([r['step'] for r in own]) / steps_per_epoch
+    losses[split] = np.array([r['loss'] for r in own], float)
+    top1[split] = np.array([r['top1'] for r in own], float) * 100
+  top1_axes.yaxis.set_major_formatter('{x:g}%')
+  drops = [(step / steps_per_epoch, lr) for step, lr in _learning_rate_drops(records)]
+  _draw_panel(loss_axes, 'loss', epochs, losses, drops, best=np.nanargmin, form='{:.3f}')
+  _draw_panel(top1_axes, 'top-1 accuracy', epochs, top1, drops, best=np.nanargmax, form='{:.1f}%')
+  for epoch, lr in drops:
+    loss_axes.annotate(
+      f'lr {lr:.3g}',
+      (epoch, 1),
+      xycoords=('data', 'axes fraction'),
+      xytext=(3, -3),
+      textcoords='offset points',
+      va='top',
+      fontsize=7,
+      color=_GREY,
+    )
+  if title:
+    fig.suptitle(title, fontsize=11, fontweight='bold', parse_math=False)
+  path = pathlib.Path(path)
+  unfinished = path.with_name(path.name + '.tmp')
+  fig.savefig(unfinished, format='png')
+  unfinished.replace(path)
+
+
+def _draw_panel(axes, name, epochs, values, drops, *, best, form) -> None:
+  """Draws one curve per split, with its last and best values written to the right of it."""
+  axes.set_title(name, loc='left', fontsize=10, color='#333333')
+  axes.set_xlabel('epoch', fontsize=9, color='#333333')
+  axes.tick_params(labelsize=8, color=_GREY, labelcolor='#333333')
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.spines[['left', 'bottom']].set_color(_GREY)
+  axes.grid(axis='y', color='#EAECEF', linewidth=0.8)
+  axes.set_axisbelow(True)
+  for epoch, _ in drops:
+    axes.axvline(epoch, color=_GREY, linewidth=0.7, dashes=(2, 3), zorder=0.9)
+  labels = []
+  for (split, y), colour in zip(values.items(), itertools.cycle(_COLOURS), strict=False):
+    x = epochs[split]
+    if split == 'train' and len(y) > _SMOOTHED_FROM:
+      axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
+      y = _smooth(y)
+    marker = 'o' if len(y) == 1 or (split != 'train' and len(y) <= 40) else None
+    axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+    text = f'{split} {form.format(y[-1])}'
+    if split != 'train' and np.isfinite(y).any():
+      k = best(y)
+      axes.plot(x[k], y[k], 'o', markersize=7, color=colour, fillstyle='none', clip_on=False)
+      if k == len(y) - 1:
+        text += ' (best)'
+      else:
+        text += f'\nbest {form.format(y[k])}, epoch {round(x[k], 1):g}'
+    labels.append((y[-1], text, colour))
+  _limit(axes, epochs.values(), values.values())
+  _write_labels(axes, labels)
+
+
+def _limit(axes, epochs, values) -> None:
+  """Shows all from epoch 0 on, but for the few values that would flatten all others."""
+  axes.set_xlim(0, 1.01 * max(x[-1] for x in epochs))
+  y = np.concatenate(list(values))
+  y = y[np.isfinite(y)]
+  if not y.size:
+    return
+  if y.max() > 4 * (usual := np.quantile(y, 0.95)) > 0:
+    axes.set_ylim(top=2 * usual)
+  if y.size == 1 or y.min() <= y.max() / 2:
+    axes.set_ylim(bottom=0)
+
+
+def _write_labels(axes, labels: list[tuple[float, str, str]]) -> None:
+  """Writes (value, text, colour) to the right of the axes at the height of the value, no two
+  over each other."""
+  low, high = axes.get_ylim()
+  line = 0.052  # of the axes' height
+  heights = [line * (1 + text.count('\n')) + 0.01 for _, text, _ in labels]
+  order = sorted(range(len(labels)), key=lambda i: labels[i][0])
+  middles = [0.0] * len(labels)
+  free = 0.0
+  for i in order:  # upwards, each above the one below
+    value = min(1.0, max(0.0, (labels[i][0] - low) / (high - low)))  # NaN is put at the bottom
+    middles[i] = max(value, free + heights[i] / 2)
+    free = middles[i] + heights[i] / 2
+  free = 1.0
+  for i in reversed(order):  # and back down from the top
+    middles[i] = min(middles[i], free - heights[i] / 2)
+    free = middles[i] - heights[i] / 2
+  for (_, text, colour), middle in zip(labels, middles, strict=True):
+    axes.text(1.015, middle, text, color=colour, fontsize=8, va='center', transform=axes.transAxes)
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+  """The running mean over a hundredth of the points; values that are not finite do not count."""
+  window = np.ones(len(y) // 100 | 1)
+  finite = np.isfinite(y)
+  total = np.convolve(np.where(finite, y, 0), window, 'same')
+  count = np.convolve(finite.astype(float), window, 'same')
+  return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _learning_rate_drops(records: list[Record]) -> list[tuple[int, float]]:
+  """(step, new learning rate) where a constant learning rate falls, as in a step schedule."""
+  points = [(r['step'], r['learning_rate']) for r in records if 'learning_rate' in r]
+  drops = []
+  for (_, before), (step, old), (_, new) in zip(points, points[1:], points[2:], strict=False):
+    if before == old and new < old / 1.5:
+      drops.append((step, new))
+  return drops

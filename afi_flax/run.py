@@ -1,0 +1,125 @@
+"""A run's folder, opened for use: the network, its weights, its classes and its preprocessing."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+import ml_collections
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from afi_flax import config as config_lib
+from afi_flax import models, optim, preprocess, sharding
+from afi_flax import state as state_lib
+from afi_flax.checkpoint import Checkpoints
+from afi_flax.errors import UserError
+from afi_flax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """How pictures become what the network takes.
+
+  Attributes:
+    image_size: pixels of the centre crop.
+    resize: pixels of the short side before it.
+    mean: of each channel, in 0..1.
+    std: of each channel, in 0..1.
+  """
+
+  image_size: int
+  resize: int
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """u8 [B, image_size, image_size, 3] -> f32, normalised."""
+    return preprocess.normalise(images, self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained network: `model.apply(variables, preprocessing(images), train=False)`.
+
+  Attributes:
+    model: the Linen module.
+    variables: `params` and `batch_stats`, f32.
+    class_names: K names, in the order of the logits.
+    preprocessing: u8 pictures -> the network's input.
+    step: of the checkpoint.
+    plan: the resolved config.
+  """
+
+  model: nn.Module
+  variables: dict
+  class_names: tuple[str, ...]
+  preprocessing: Preprocessing
+  step: int
+  plan: config_lib.Plan
+
+
+def load_run(
+  workdir: str | pathlib.Path,
+  checkpoint: str = 'last',
+  config: ml_collections.ConfigDict | None = None,
+  mesh: Mesh | None = None,
+) -> Run:
+  """Opens what a training run left in its folder.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: 'last', 'best' or a step.
+    config: None: the folder's own; else one that differs from it in nothing but how and on what
+      it is evaluated.
+    mesh: where the weights go; None: all devices.
+
+  Raises:
+    UserError: there is no run, no such checkpoint, or it is damaged or another model's.
+  """
+  mesh = mesh or sharding.make_mesh()
+  folder = Workdir(workdir)
+  stored = folder.read_config()
+  if config is not None:
+    folder.check_config(
+      config.to_dict(), (*config_lib.MAY_DIFFER, 'data.eval_split', 'eval_batch_size')
+    )
+  config = config or ml_collections.ConfigDict(stored)
+  dataset = folder.read_dataset()
+  plan = config_lib.resolve(
+    config, dataset=config_lib.Dataset(**dataset | {'class_names': tuple(dataset['class_names'])})
+  )
+  model = models.create_model(**dataclasses.asdict(plan.model))
+  abstract = state_lib.abstract(
+    model, optim.make(plan.optim), plan.data.image_size, sharding.replicated(mesh)
+  )
+  state, step = restore(folder, abstract, checkpoint)
+  data = plan.data
+  return Run(
+    model=model,
+    variables=state.variables,
+    class_names=plan.dataset.class_names,
+    preprocessing=Preprocessing(data.image_size, data.eval_resize, data.mean, data.std),
+    step=step,
+    plan=plan,
+  )
+
+
+def restore(
+  folder: Workdir, abstract: state_lib.TrainState, checkpoint: str
+) -> tuple[state_lib.TrainState, int]:
+  """The state of the 'last', the 'best' or a numbered checkpoint, and its step."""
+  if checkpoint not in ('last', 'best') and not checkpoint.isdigit():
+    raise UserError(f'checkpoint {checkpoint!r} must be last, best or the number of a step')
+  step = int(checkpoint) if checkpoint.isdigit() else None
+  place = folder.best if checkpoint == 'best' else folder.checkpoints
+  with contextlib.ExitStack() as stack:
+    checkpoints, best = (
+      stack.enter_context(contextlib.closing(Checkpoints(path, keep=1)))
+      for path in (folder.checkpoints, folder.best)
+    )
+    only_best = step in best.steps() and step not in checkpoints.steps()
+    found = (best if checkpoint == 'best' or only_best else checkpoints).restore(abstract, step)
+  if found is None:
+    raise UserError(f'no checkpoint in {place}: the run ended before it saved one')
+  return found

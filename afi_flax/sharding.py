@@ -1,0 +1,42 @@
+"""The mesh and its shardings: the only file that names a device axis.
+
+One axis, 'data': every device holds the whole state and an equal share of the batch. Under
+`jax.jit` a mean over the batch is the mean over all devices, so nothing else needs to know how many
+there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of the given devices, or of all devices of all processes."""
+  devices = jax.devices() if devices is None else devices
+  return Mesh(np.asarray(devices), ('data',), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds all of it: the state, metrics."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+  """The leading axis is divided over the devices: batches."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's share [b, ...] of every array -> global arrays [B, ...] on the devices."""
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set on any process. All of them must ask."""
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())

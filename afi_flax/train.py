@@ -1,0 +1,273 @@
+"""The training loop: reads top to bottom and decides when.
+
+What is due at a step is done between two steps, in one order: log, save, evaluate, keep the best,
+stop. All of it is a function of the step and of what is on disk, so a run that is stopped anywhere
+and started again goes through the same states and writes the same lines as one that was not.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import time
+
+import jax
+import ml_collections
+
+from afi_flax import config as config_lib
+from afi_flax import metrics, models, optim, report, run, sharding, steps
+from afi_flax import state as state_lib
+from afi_flax.checkpoint import Checkpoints
+from afi_flax.data import pipeline, sources
+from afi_flax.errors import UserError
+from afi_flax.evaluate import Evaluator
+from afi_flax.workdir import StopSignals, Workdir
+
+# Steps that the host may be ahead of the device, and so late in noticing a loss that is not finite.
+MAX_AHEAD = 8
+
+
+class StoppedError(Exception):
+  """Not a mistake: a signal ended the run, whose state is saved for the same command to go on."""
+
+
+def train(config: ml_collections.ConfigDict, folder: str) -> None:
+  """Trains as the config says, from where the folder's run stands.
+
+  Args:
+    config: as a file in `configs/` returns it.
+    folder: the run's folder: new, or of the same run.
+
+  Raises:
+    UserError: a mistake in the config, the data or the folder; a loss that is not finite.
+    StoppedError: SIGTERM or SIGINT came, and the state is saved.
+  """
+  # Whatever a config can get wrong shows before anything is written.
+  plan = config_lib.resolve(config, jax.device_count())
+  mesh = sharding.make_mesh()
+  model = models.create_model(**vars(plan.model))
+  optimizer = optim.make(plan.optim)
+  source = sources.open_split(plan.data.dataset, plan.data.data_dir, plan.data.train_split)
+  evaluator = Evaluator(plan, model, mesh)
+
+  workdir = Workdir(folder)
+  writer = jax.process_index() == 0
+  with (
+    workdir.open_for_training(config.to_dict(), dataclasses.asdict(plan.dataset), writer),
+    StopSignals() as signals,
+    contextlib.closing(Checkpoints(workdir.checkpoints, plan.run.keep)) as checkpoints,
+    contextlib.closing(Checkpoints(workdir.best, keep=1)) as best,
+  ):
+    state, origin = _initial_state(plan, model, optimizer, mesh, checkpoints)
+    step = start = int(state.step)
+    checkpoints.set_aside(newer_than=start)
+    best.set_aside(newer_than=start)
+    workdir.cut_back(start)
+    reporter = _reporter(workdir, plan, start, writer)
+    reporter.say(_introduction(plan, state, mesh.size, origin))
+    learning_rate = optim.schedule(plan.optim)
+    train_step = jax.jit(
+      steps.make_train_step(model, optimizer, plan.data),
+      donate_argnums=0,
+      out_shardings=sharding.replicated(mesh),
+    )
+    batches = pipeline.prefetch(
+      _host_batches(plan, source, int(state.data_step)),
+      lambda batch: sharding.put_batch(batch, mesh),
+    )
+    losses = collections.deque()  # of the steps that the device has not been seen to finish
+    clock = _Clock()
+    trace = _Trace(workdir.profile, plan.run.profile_steps)
+    try:
+      while True:
+        stop = _stopping(signals, step)
+        at_end = step >= plan.run.stop_step
+        log = step % plan.run.log_every == 0 or at_end
+        evaluate = (step % plan.run.eval_every == 0 or at_end) and step > 0
+        save = step % plan.run.save_every == 0 or evaluate or stop
+        if log or save:
+          _check_finite(losses, step)
+          clock.pause()
+        if log and int(state.metric_sums['examples']):  # none right after a restart
+          record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
+          record['images_per_second'] = plan.batch_size * clock.steps_per_second()
+          reporter.train(record, float(learning_rate(step - 1)))
+          zeros = jax.device_put(metrics.zeros(), sharding.replicated(mesh))
+          state = state.replace(metric_sums=zeros)
+        if save and step > 0:
+          checkpoints.save(step, state)
+        if evaluate:
+          record = evaluator(state.variables, reporter.evaluating, lambda: _stopping(signals))
+          stop = stop or record is None
+          if record:
+            _keep_best(best, workdir, step, record, state)
+            reporter.evaluation({'step': step} | record)
+            reporter.draw_curves()
+        if stop or at_end:
+          break
+
+        batch = next(batches)
+        if step == start:
+          train_step = _compile(train_step, state, batch, reporter)
+        clock.resume()
+        state, loss = train_step(state, batch)
+        step += 1
+        clock.steps += 1
+        losses.append(loss)
+        _check_finite(losses, step, ahead=MAX_AHEAD)
+        checkpoints.poll()
+        best.poll()
+        reporter.progress(step)
+        trace.after(step - start, loss)
+    finally:
+      batches.close()
+      trace.close()
+      reporter.close()
+  if stop:
+    raise StoppedError(
+      f'stopped by {signals.requested} at step {step}; the same command goes on with it'
+    )
+  reporter.summary(evaluator.split)
+
+
+def _initial_state(
+  plan: config_lib.Plan, model, optimizer, mesh, checkpoints: Checkpoints
+) -> tuple[state_lib.TrainState, str]:
+  """Where the run starts, and in words: its own folder, else run.resume, run.init_from, scratch."""
+  replicated = sharding.replicated(mesh)
+  size = plan.data.image_size
+  abstract = state_lib.abstract(model, optimizer, size, replicated)
+  if found := checkpoints.restore(abstract):
+    return found[0], f'resumed at step {found[1]}'
+  if plan.run.resume:
+    state, step = run.restore(Workdir(plan.run.resume), abstract, 'last')
+    return state, f'goes on from step {step} of {plan.run.resume}'
+  state = state_lib.initialise(model, optimizer, size, plan.seed, replicated)
+  if plan.run.init_from:
+    other, step = run.restore(Workdir(plan.run.init_from), abstract, 'last')
+    state = state.replace(params=other.params, batch_stats=other.batch_stats)
+    return state, f'starts with the weights of step {step} of {plan.run.init_from}'
+  return state, 'starts from scratch'
+
+
+def _introduction(plan: config_lib.Plan, state, device_count: int, origin: str) -> str:
+  """What is about to be trained, in words and a table."""
+  data, optimum = plan.dataset, plan.optim
+  kind = jax.devices()[0].device_kind
+  return '\n'.join(
+    (
+      state_lib.parameter_table(state.params),
+      f'{plan.model.name} ({plan.model.dtype}) on {data.name}: {data.num_train:,} training and '
+      f'{data.num_eval:,} evaluation examples, {len(data.class_names)} classes',
+      f'{optimum.total_steps:,} steps of {plan.batch_size} on {device_count} x {kind}, peak '
+      f'learning rate {optimum.peak_lr:g}; {origin}',
+    )
+  )
+
+
+def _reporter(
+  workdir: Workdir, plan: config_lib.Plan, start: int, enabled: bool
+) -> report.Reporter:
+  return report.Reporter(
+    workdir,
+    total_steps=plan.optim.total_steps,
+    stop_step=plan.run.stop_step,
+    steps_per_epoch=plan.steps_per_epoch,
+    start_step=start,
+    enabled=enabled,
+    title=f'{plan.model.name} on {plan.dataset.name}',
+  )
+
+
+def _host_batches(plan: config_lib.Plan, source, data_step: int):
+  return pipeline.train_batches(
+    source,
+    seed=plan.seed,
+    data_step=data_step,
+    batch_size=plan.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    augment=plan.data.augment,
+    image_size=plan.data.image_size,
+    workers=plan.run.workers,
+    max_unreadable=plan.data.max_unreadable,
+  )
+
+
+def _compile(train_step, state, batch, reporter: report.Reporter):
+  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait."""
+  start = time.perf_counter()
+  compiled = train_step.lower(state, batch).compile()
+  reporter.say(f'Compiled the training step in {time.perf_counter() - start:.1f} s.')
+  return compiled
+
+
+def _stopping(signals: StopSignals, step: int | None = None) -> bool:
+  """Whether to stop now. Several processes must agree: every few steps, as it costs a trip."""
+  if jax.process_count() == 1:
+    return signals.requested is not None
+  agreeing = step is not None and step % MAX_AHEAD == 0
+  return agreeing and sharding.any_process(signals.requested is not None)
+
+
+def _check_finite(losses: collections.deque, step: int, ahead: int = 0) -> None:
+  """Waits until the device is at most `ahead` steps behind `step`, and looks at their losses."""
+  while len(losses) > ahead:
+    loss = float(losses.popleft())
+    if not math.isfinite(loss):
+      raise UserError(
+        f'the loss of step {step - len(losses)} is {loss}; use a lower schedule.base_lr, more '
+        'schedule.warmup_epochs or optimizer.clip_norm=1'
+      )
+
+
+def _keep_best(best: Checkpoints, workdir: Workdir, step: int, record: dict, state) -> None:
+  """Saves the state as the best if no earlier evaluation of this split was as good."""
+  earlier = [r['top1'] for r in workdir.read_metrics() if r['split'] == record['split']]
+  if not earlier or record['top1'] > max(earlier):
+    best.save(step, state)
+
+
+class _Clock:
+  """Speed of the training steps: evaluating, saving and compiling left out."""
+
+  def __init__(self):
+    self.steps = 0
+    self._seconds = 0.0
+    self._since: float | None = None
+
+  def resume(self) -> None:
+    if self._since is None:
+      self._since = time.perf_counter()
+
+  def pause(self) -> None:
+    if self._since is not None:
+      self._seconds += time.perf_counter() - self._since
+      self._since = None
+
+  def steps_per_second(self) -> float:
+    """Over the steps since it was last asked; 0 if there was none."""
+    speed = self.steps / self._seconds if self.steps else 0.0
+    self.steps, self._seconds = 0, 0.0
+    return speed
+
+
+class _Trace:
+  """A trace of some steps for XProf, from the tenth on, when compiling and caches are behind."""
+
+  def __init__(self, folder, num_steps: int):
+    self._folder, self._num_steps = folder, num_steps
+    self._active = False
+
+  def after(self, steps: int, loss: jax.Array) -> None:
+    if self._num_steps and steps in (10, 10 + self._num_steps):
+      loss.block_until_ready()
+      self.close()
+      if steps == 10:
+        jax.profiler.start_trace(str(self._folder))
+        self._active = True
+
+  def close(self) -> None:
+    if self._active:
+      jax.profiler.stop_trace()
+      self._active = False

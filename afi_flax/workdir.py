@@ -1,0 +1,311 @@
+"""What lies in a run's folder: config, lock, metrics, signals.
+
+config.json     the resolved config; a run that is started again must be given the same one
+dataset.json    name, class names and sizes of the data set
+metrics.jsonl   one JSON object a line: training lines and evaluation lines
+curves.png      the picture of them
+checkpoints/    the last ones            best/      the best one by evaluation
+unreadable/     checkpoints that could not be read, or that a resumed run left behind
+events/         TensorBoard              profile/   XProf
+lock            held by the run that trains here
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from afi_flax.config import MAY_DIFFER
+from afi_flax.errors import UserError
+
+Json = Any  # what json.loads returns
+
+_SHOWN = 5  # differing keys that an error names
+
+
+class Workdir:
+  """The folder of one run; the only place that names a path in it.
+
+  Args:
+    folder: need not exist; is made absolute.
+  """
+
+  def __init__(self, folder: str | pathlib.Path):
+    self.folder = pathlib.Path(folder).absolute()
+    self._writer = True
+
+  @property
+  def config_path(self) -> pathlib.Path:
+    return self.folder / 'config.json'
+
+  @property
+  def dataset_path(self) -> pathlib.Path:
+    return self.folder / 'dataset.json'
+
+  @property
+  def metrics_path(self) -> pathlib.Path:
+    return self.folder / 'metrics.jsonl'
+
+  @property
+  def curves_path(self) -> pathlib.Path:
+    return self.folder / 'curves.png'
+
+  @property
+  def lock_path(self) -> pathlib.Path:
+    return self.folder / 'lock'
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    return self.folder / 'checkpoints'
+
+  @property
+  def best(self) -> pathlib.Path:
+    return self.folder / 'best'
+
+  @property
+  def events_dir(self) -> pathlib.Path:
+    return self.folder / 'events'
+
+  @property
+  def profile(self) -> pathlib.Path:
+    return self.folder / 'profile'
+
+  @contextlib.contextmanager
+  def open_for_training(
+    self, config: dict[str, Json], dataset: dict[str, Json], writer: bool = True
+  ) -> Iterator[None]:
+    """Makes the folder, checks that it holds this run or none, and locks it while entered.
+
+    Args:
+      config: as a person set it. Keys that may differ replace those of the run that is there.
+      dataset: name, class_names, num_train, num_eval.
+      writer: whether this process writes: the first one of a run. In the others, what would write
+        does nothing.
+
+    Raises:
+      UserError: the folder cannot be written, is in use, or holds a run of another config or data.
+    """
+    self._writer = writer
+    if not writer:
+      self._check(config, dataset)
+      yield
+      return
+    with self._writing():
+      self.folder.mkdir(parents=True, exist_ok=True)
+      lock = self._take_lock()
+    try:
+      self._check(config, dataset)
+      with self._writing():
+        _write(self.config_path, json.dumps(config, indent=2) + '\n')
+        _write(self.dataset_path, json.dumps(dataset, indent=2) + '\n')
+      yield
+    finally:
+      os.close(lock)  # which gives it back
+
+  def check_config(self, config: dict[str, Json], may_differ: tuple[str, ...] = MAY_DIFFER) -> None:
+    """UserError if the run has another config, but for the keys that may differ."""
+    if differ := _differences(self.read_config(), config, may_differ):
+      raise UserError(
+        f'workdir {self.folder} holds a run of another config: {differ}; '
+        'take another --workdir, or the stored values'
+      )
+
+  def read_config(self) -> dict[str, Json]:
+    """The config of the run; UserError where there is none."""
+    return self._read(self.config_path)
+
+  def read_dataset(self) -> dict[str, Json]:
+    """The data set of the run: name, class_names, num_train, num_eval; UserError without a run."""
+    return self._read(self.dataset_path)
+
+  def append_metrics(self, record: dict[str, Json]) -> None:
+    """Adds one line, such as {'step': 100, 'split': 'train', 'loss': 1.2, ...}, and flushes it."""
+    if self._writer:
+      with self._writing(), self.metrics_path.open('a') as file:
+        file.write(json.dumps(record) + '\n')
+
+  def read_metrics(self) -> list[dict[str, Json]]:
+    """All records, in order; a last line that a killed run left unfinished is ignored."""
+    if not self.metrics_path.exists():
+      return []
+    lines = self.metrics_path.read_bytes().split(b'\n')[:-1]  # the last is empty, or unfinished
+    records = []
+    for number, line in enumerate(lines, 1):
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        raise UserError(
+          f'{self.metrics_path}, line {number} is not JSON: {line[:60]!r}; mend or delete that line'
+        ) from None
+    return records
+
+  def cut_back(self, step: int) -> None:
+    """Removes what the run will write anew when it goes on from `step` (0: from the start).
+
+    Training lines stay up to and with `step`. Evaluation lines stay before it: an evaluation that
+    is due at `step` itself is run again.
+    """
+    if self._writer and self.metrics_path.exists():
+      kept = [r for r in self.read_metrics() if _precedes(r, step)]
+      with self._writing():
+        _write(self.metrics_path, ''.join(json.dumps(r) + '\n' for r in kept))
+
+  def _take_lock(self) -> int:
+    """Returns its file descriptor; whoever closes that gives the lock back."""
+    lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      # The kernel gives the lock of a dead process back; what such a one left in the file is void.
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      holder = os.read(lock, 1000)
+      os.close(lock)
+      if not isinstance(error, BlockingIOError):
+        raise
+      raise UserError(
+        f'workdir {self.folder} is in use by {_holder(holder)}; '
+        'wait for it, stop it, or take another --workdir'
+      ) from None
+    now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+    holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
+    os.truncate(lock, 0)
+    os.write(lock, json.dumps(holder).encode() + b'\n')
+    return lock
+
+  def _check(self, config: dict[str, Json], dataset: dict[str, Json]) -> None:
+    if self.config_path.exists():
+      self.check_config(config)
+    if self.dataset_path.exists() and (differ := _differences(self.read_dataset(), dataset)):
+      raise UserError(
+        f'the data set has changed since the run in {self.folder} began: {differ}; '
+        'take another --workdir, or the data set as it was'
+      )
+
+  def _read(self, path: pathlib.Path) -> Json:
+    try:
+      value = json.loads(path.read_bytes())
+      if not isinstance(value, dict):
+        raise ValueError('not a JSON object')
+      return value
+    except (FileNotFoundError, NotADirectoryError):
+      raise UserError(
+        f'no run in {self.folder}: {path.name} is missing; give the --workdir of one'
+      ) from None
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f'{path} cannot be read: {error}; put back a copy of it, or train in another --workdir'
+      ) from error
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise UserError(
+        f'cannot write to workdir {self.folder}: {error.strerror}; '
+        'mend that, or take another --workdir'
+      ) from error
+
+
+class StopSignals:
+  """While entered, SIGTERM and SIGINT only ask for a stop; a second SIGINT interrupts at once.
+
+  For the main thread. After `jax.distributed.initialize`, which takes SIGTERM for itself.
+
+  ```
+  with StopSignals() as stop:
+    while not stop.requested:
+      ...
+  ```
+  """
+
+  def __init__(self):
+    self.requested: str | None = None  # 'SIGTERM' or 'SIGINT', the first that came
+    self._interrupts = 0
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self) -> 'StopSignals':
+    self._old = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    self.requested = self.requested or signal.Signals(number).name
+    self._interrupts += number == signal.SIGINT
+    if self._interrupts > 1:
+      raise KeyboardInterrupt
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Replaces a file as a whole: after a crash it holds the old text or the new."""
+  temporary = path.with_name(f'.{path.name}.tmp')
+  with temporary.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _as_json(value: Json) -> Json:
+  """What comes back from a file: tuples as lists, keys as strings."""
+  return json.loads(json.dumps(value))
+
+
+def _precedes(record: dict[str, Json], step: int) -> bool:
+  return record['step'] <= step if record['split'] == 'train' else record['step'] < step
+
+
+def _holder(text: bytes) -> str:
+  """Names the run that wrote this into the lock file."""
+  try:
+    return 'process {pid} on {host} since {since}'.format(**json.loads(text))
+  except (ValueError, KeyError):  # it has not been written yet
+    return 'another process'
+
+
+def _differences(stored: dict, given: dict, may_differ: tuple[str, ...] = ()) -> str:
+  """'key: stored -> given' of the first few keys that differ, or ''."""
+  stored, given = dict(_flat(stored)), dict(_flat(_as_json(given)))
+  differ = []
+  for key in sorted(stored | given):
+    if f'{key}.'.startswith(tuple(f'{name}.' for name in may_differ)):
+      continue
+    if key not in stored:
+      differ.append(f'{key}: absent -> {given[key]!r}')
+    elif key not in given:
+      differ.append(f'{key}: {stored[key]!r} -> absent')
+    elif stored[key] != given[key]:
+      differ.append(key + _change(stored[key], given[key]))
+  more = len(differ) - _SHOWN
+  return ', '.join(differ[:_SHOWN]) + (f', and {more} more' if more > 0 else '')
+
+
+def _change(old: Json, new: Json) -> str:
+  """': old -> new'; of long lists, such as class names, only what fits in a line."""
+  text = f': {old!r} -> {new!r}'
+  if len(text) <= 100:
+    return text
+  if isinstance(old, list) and isinstance(new, list):
+    if len(old) != len(new):
+      return f': {len(old)} values -> {len(new)} values'
+    i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+    return f'[{i}]: {old[i]!r} -> {new[i]!r}'
+  return text[:100] + '...'
+
+
+def _flat(tree: dict[str, Json], prefix: str = '') -> Iterator[tuple[str, Json]]:
+  """(dotted key, value) of the leaves of nested dicts."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value

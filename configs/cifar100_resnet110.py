@@ -1,0 +1,15 @@
+r"""ResNet-110 on CIFAR-100: the plain network of Table 4.
+
+Expect 73.73% top-1 (paper), 1,736,564 parameters.
+Variants: `:smoke` (a few fake pictures, seconds).
+
+    python -m afi_flax.prepare --dataset cifar100
+    python -m afi_flax.main --config configs/cifar100_resnet110.py \
+      --workdir runs/cifar100_resnet110
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  return common.variant(common.cifar('cifar100', 'resnet110'), arg)

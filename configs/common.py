@@ -1,0 +1,126 @@
+"""What the configs share: every key with its meaning, and the paper's two recipes."""
+
+import ml_collections
+
+from afi_flax.config import parse_variant
+
+CIFAR_STATISTICS = {
+  'cifar10': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+  'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def base() -> ml_collections.ConfigDict:
+  """All keys there are. Each config sets what its experiment is about."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of the weights, the order of examples and all draws
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = ''  # one of afi_flax.models.list_models()
+  config.model.stages = ()  # the stages that carry AFI, from 1; (): all
+  config.model.dtype = 'float32'  # of the computation; bfloat16 on TPUs and GPUs
+
+  config.data = ml_collections.ConfigDict()
+  config.data.dataset = ''  # digits, cifar10, cifar100, imagenet2012, image_folder, fake_...
+  config.data.data_dir = ''  # where its files are; '': TFDS's own default
+  config.data.train_split = 'train'  # a part of it, for a hold-out: train[:98%]
+  config.data.eval_split = 'test'  # what is evaluated: test, validation, train[98%:]
+  config.data.image_size = 32  # pixels
+  config.data.eval_resize = 0  # pixels of the short side before the centre crop; 0: image_size
+  config.data.augment = 'none'  # none, pad_crop, pad_crop_flip, random_resized_crop_flip
+  config.data.mean = (0.5, 0.5, 0.5)  # of the channels, in 0..1
+  config.data.std = (0.25, 0.25, 0.25)
+  config.data.max_unreadable = 100  # pictures that may fail to decode before the run ends
+
+  config.batch_size = 64  # over all devices and processes
+  config.eval_batch_size = 256  # any number: the last batch is padded and masked
+  config.epochs = 1.0
+
+  config.schedule = ml_collections.ConfigDict()
+  config.schedule.name = 'step'  # step, cosine
+  config.schedule.base_lr = 0.1  # at base_batch_size; grows in proportion to batch_size
+  config.schedule.base_batch_size = 64
+  config.schedule.boundaries = ()  # where a step schedule drops, as fractions of the run
+  config.schedule.factor = 0.1  # what it multiplies the rate by at each
+  config.schedule.warmup_epochs = 0.0  # linear, from 0
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'sgd'
+  config.optimizer.momentum = 0.9
+  config.optimizer.nesterov = False
+  config.optimizer.weight_decay = 1e-4  # added to the gradient, on every parameter
+  config.optimizer.clip_norm = 0.0  # of the gradient, before the decay is added; 0: off
+
+  # What may differ when a run is resumed, since its result does not depend on it.
+  config.run = ml_collections.ConfigDict()
+  config.run.resume = ''  # another run's folder to go on from, when this one's is new
+  config.run.init_from = ''  # another run's folder whose weights are where this one starts
+  config.run.workers = 0  # processes that decode pictures; 0: threads
+  config.run.max_steps = 0  # ends early, with the schedule of the whole run; 0: off
+  config.run.log_every_steps = 100
+  config.run.eval_every_epochs = 1.0
+  config.run.save_every_steps = 1000
+  config.run.keep = 2  # newest checkpoints; the best is kept besides
+  config.run.profile_steps = 0  # steps to trace for XProf, from the tenth on
+  return config
+
+
+def cifar(dataset: str, model: str) -> ml_collections.ConfigDict:
+  """The paper's CIFAR recipe: batch 64, 300 epochs, 0.1 divided by 10 at 50% and 75%."""
+  config = base()
+  config.model.name = model
+  config.data.dataset = dataset
+  config.data.augment = 'pad_crop_flip'
+  config.data.mean, config.data.std = CIFAR_STATISTICS[dataset]
+  config.epochs = 300.0
+  config.schedule.boundaries = (0.5, 0.75)
+  return config
+
+
+def imagenet(model: str) -> ml_collections.ConfigDict:
+  """The paper's ImageNet recipe: batch 64, 90 epochs, 0.1 x batch / 256 divided by 10 thrice."""
+  config = base()
+  config.model.name = model
+  config.data.dataset = 'imagenet2012'
+  config.data.eval_split = 'validation'
+  config.data.image_size = 224
+  config.data.eval_resize = 256
+  config.data.augment = 'random_resized_crop_flip'
+  config.data.mean, config.data.std = IMAGENET_STATISTICS
+  config.epochs = 90.0
+  config.schedule.base_batch_size = 256
+  config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
+  return config
+
+
+def variant(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+  """Applies what stands behind the colon: `smoke`, and for AFI networks `b` and `stages=1+2`.
+
+  `smoke` runs the same network on a few fake pictures, to see within minutes that all is in place.
+  """
+  known = {'smoke': False}
+  if config.model.name.startswith('afi_'):
+    known |= {'b': False, 'stages': ()}
+  chosen = parse_variant(arg, **known)
+  if chosen.get('b'):
+    config.model.name += '_b'
+  config.model.stages = chosen.get('stages', ())
+  if chosen.smoke:
+    _smoke(config)
+  return config
+
+
+def _smoke(config: ml_collections.ConfigDict) -> None:
+  if config.data.eval_resize:
+    config.data.dataset = 'fake_imagenet'
+    config.data.eval_split = 'validation'
+    config.data.image_size, config.data.eval_resize = 64, 72
+  else:
+    config.data.dataset = 'fake_cifar'
+    config.data.eval_split = 'test'
+  config.data.train_split = 'train'
+  config.batch_size = 16
+  config.eval_batch_size = 16
+  config.epochs = 1.0
+  config.run.log_every_steps = 1

@@ -1,0 +1,24 @@
+r"""AFI-ResNet-20 on the handwritten digits that scikit-learn carries: the quickstart.
+
+Not a network of the paper: 1,797 real pictures, no download. Expect 99% top-1 on the held-out fifth
+after half a minute on two CPU cores.
+Variants: `:b`, `:stages=1+2`, `:smoke`.
+
+    python -m afi_flax.main --config configs/digits_afi_resnet20.py \
+      --workdir runs/digits_afi_resnet20
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  config = common.base()
+  config.model.name = 'afi_resnet20'
+  config.data.dataset = 'digits'
+  config.data.image_size = 16
+  config.data.augment = 'pad_crop'
+  config.epochs = 12.0
+  config.schedule.name = 'cosine'
+  config.schedule.warmup_epochs = 1.0
+  config.run.log_every_steps = 10
+  return common.variant(config, arg)

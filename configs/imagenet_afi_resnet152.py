@@ -1,0 +1,17 @@
+r"""AFI-ResNet-152 on ImageNet: Table 5.
+
+Expect 78.24% top-1, 93.98% top-5 (paper), 54,667,560 parameters; the paper has no AFI-B row.
+The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
+Variants: `:b`, `:stages=1+2`, `:smoke` (a few fake pictures at 64 pixels).
+
+    python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
+    python -m afi_flax.main --config configs/imagenet_afi_resnet152.py \
+      --workdir runs/imagenet_afi_resnet152 \
+      --config.model.dtype=bfloat16 --config.batch_size=1024 --config.run.workers=8
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  return common.variant(common.imagenet('afi_resnet152'), arg)

@@ -1,0 +1,18 @@
+r"""AFI-ResNet-50 on ImageNet: Table 5.
+
+Expect 76.19% top-1, 92.88% top-5 (paper), 23,849,256 parameters; `:b` (AFI-B) 77.02%, 93.55%,
+33,854,504 parameters.
+The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
+Variants: `:b`, `:stages=1+2`, `:smoke` (a few fake pictures at 64 pixels).
+
+    python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
+    python -m afi_flax.main --config configs/imagenet_afi_resnet50.py \
+      --workdir runs/imagenet_afi_resnet50 \
+      --config.model.dtype=bfloat16 --config.batch_size=1024 --config.run.workers=8
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  return common.variant(common.imagenet('afi_resnet50'), arg)

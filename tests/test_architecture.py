@@ -1,0 +1,105 @@
+"""The arrows between the rooms: what each file may import."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
+
+LOW = {'errors', 'random_draws'}
+PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
+MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
+TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop'}
+ALLOWED = {
+  'errors': set(),
+  'random_draws': set(),
+  'models': {'errors', 'models'},
+  'data': {'errors', 'random_draws', 'data'},
+  'config': {'errors', 'data'},
+  'preprocess': LOW,
+  'losses': LOW,
+  'metrics': LOW,
+  'sharding': LOW,
+  'optim': LOW | {'config'},
+  'state': PARTS,
+  'steps': PARTS | {'state'},
+  'checkpoint': {'errors'},
+  'workdir': {'errors', 'config'},
+  'report': {'errors', 'workdir'},
+  'run': MIDDLE,
+  'evaluate': MIDDLE | {'run'},
+  'train': MIDDLE | {'run', 'evaluate'},
+}
+# What each room may import from outside, where that is limited; the standard library always.
+OUTSIDE = {
+  'models': {'jax', 'flax'},
+  'errors': set(),
+  'random_draws': {'numpy'},
+  'data': {
+    'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'grain', 'tensorflow_datasets', 'etils',
+    'tqdm',
+  },
+}  # fmt: skip
+
+
+def imports(path):
+  """(module, names) of all imports, those inside functions too."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, ()
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: relative import'
+      yield node.module, tuple(a.name for a in node.names)
+
+
+def room(path):
+  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def own_rooms(module, names):
+  parts = module.split('.')
+  return {parts[1]} if len(parts) > 1 else set(names)
+
+
+@pytest.mark.parametrize(
+  'path', sorted(PACKAGE.rglob('*.py')), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_arrows(path):
+  here = room(path)
+  for module, names in imports(path):
+    top = module.split('.')[0]
+    if top == 'afi_flax':
+      wanted = own_rooms(module, names)
+      assert wanted <= ALLOWED.get(here, TOP), f'{here} must not import {wanted}'
+    elif here in OUTSIDE and top not in sys.stdlib_module_names:
+      assert top in OUTSIDE[here], f'{here} must not import {top}'
+    assert top not in ('tensorflow', 'torch'), 'never at run time'
+
+
+def test_only_sharding_names_a_device_axis():
+  for path in PACKAGE.rglob('*.py'):
+    if path.name != 'sharding.py':
+      assert 'PartitionSpec' not in path.read_text(), path
+
+
+def test_configs_import_little():
+  for path in (PACKAGE.parent / 'configs').glob('*.py'):
+    for module, names in imports(path):
+      assert (module, names) in (
+        ('ml_collections', ()),
+        ('configs', ('common',)),
+        ('afi_flax.config', ('parse_variant',)),
+      ), path
+
+
+def test_data_starts_without_jax():
+  """Worker processes import the data room, and must start in well under jax's two seconds."""
+  code = (
+    'import sys, afi_flax.data.pipeline; print("jax" in sys.modules, "tensorflow" in sys.modules)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ['False', 'False']

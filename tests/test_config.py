@@ -1,0 +1,143 @@
+import importlib
+import json
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+
+from afi_flax import config as config_lib
+from afi_flax import models, optim, sharding, state
+from afi_flax.config import parse_variant, resolve
+from afi_flax.errors import UserError
+from configs import common
+
+CONFIGS = sorted(p.stem for p in pathlib.Path('configs').glob('*.py') if p.stem != 'common')
+FOLDER = config_lib.Dataset('image_folder', ('cat', 'dog'), num_train=1000, num_eval=100)
+
+
+def load(name, arg=''):
+  return importlib.import_module(f'configs.{name}').get_config(arg)
+
+
+def variants(name):
+  return ('', 'smoke', 'b', 'stages=1', 'b,stages=2+3') if 'afi' in name else ('', 'smoke')
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_resolves_and_initialises(name):
+  names = ['', 'smoke']
+  for arg in variants(name):
+    config = load(name, arg)
+    dataset = FOLDER if config.data.dataset == 'image_folder' else None
+    plan = resolve(config, dataset=dataset)
+    assert plan.optim.total_steps > 0
+    assert plan.model.num_classes == len(plan.dataset.class_names)
+    again = resolve(ml_collections.ConfigDict(json.loads(config.to_json())), dataset=dataset)
+    assert again == plan, 'config.json must give the same run'
+    if arg in names:
+      mesh = sharding.make_mesh(jax.devices()[:1])
+      model = models.create_model(**vars(plan.model))
+      shapes = state.abstract(
+        model, optim.make(plan.optim), plan.data.image_size, sharding.replicated(mesh)
+      )
+      assert shapes.params['head']['dense']['kernel'].shape[1] == plan.model.num_classes
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_says_what_it_is(name):
+  doc = importlib.import_module(f'configs.{name}').__doc__
+  assert f'python -m afi_flax.main --config configs/{name}.py' in doc
+  assert 'xpect' in doc
+  with pytest.raises(UserError, match='unknown config variant'):
+    load(name, 'bee')
+
+
+def test_paper_recipe_cifar():
+  plan = resolve(load('cifar100_afi_resnet32'))
+  assert plan.steps_per_epoch == 781.25
+  assert plan.optim.total_steps == 234375
+  assert plan.optim.boundaries == (117188, 175781)
+  assert plan.optim.peak_lr == 0.1
+  assert plan.run.eval_every == 781
+
+
+def test_learning_rate_and_steps_follow_the_batch_size():
+  config = load('imagenet_afi_resnet50')
+  assert resolve(config).optim.peak_lr == 0.1 * 64 / 256
+  config.batch_size = 1024
+  plan = resolve(config)
+  assert plan.optim.peak_lr == 0.4
+  assert plan.optim.total_steps == -(-90 * 1281167 // 1024)
+  assert plan.optim.boundaries == tuple(
+    round(f / 90 * plan.optim.total_steps) for f in (30, 60, 80)
+  )
+
+
+def test_max_steps_leaves_the_schedule():
+  config = load('cifar100_resnet32')
+  config.run.max_steps = 10
+  plan = resolve(config)
+  assert plan.run.stop_step == 10
+  assert plan.optim.total_steps == 234375
+
+
+def test_hold_out():
+  config = load('cifar100_resnet32')
+  config.data.train_split, config.data.eval_split = 'train[:98%]', 'train[98%:]'
+  plan = resolve(config)
+  assert (plan.dataset.num_train, plan.dataset.num_eval) == (49000, 1000)
+
+
+def test_keys_that_a_config_sets_are_those_of_base():
+  def keys(tree):
+    return {k: keys(v) if isinstance(v, dict) else type(v) for k, v in tree.items()}
+
+  for name in CONFIGS:
+    assert keys(load(name).to_dict()) == keys(common.base().to_dict()), name
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'says'),
+  [
+    ('batch_size', 0, 'batch_size 0 must be at least 1'),
+    ('batch_size', 100, 'batch_size 100 is not divisible by 8 devices; use 96 or 104'),
+    ('batch_size', 4, 'not divisible by 8 devices; use 8'),
+    ('batch_size', 80000, 'more than the 50000 training examples'),
+    ('eval_batch_size', 0, 'eval_batch_size 0'),
+    ('epochs', 0.0, 'epochs 0'),
+    ('epochs', float('nan'), 'epochs nan'),
+    ('seed', -1, 'seed -1'),
+    ('model.dtype', 'float16', "unknown model.dtype 'float16'"),
+    ('data.dataset', 'cifar101', "did you mean 'cifar10"),
+    ('data.augment', 'flip', 'unknown data.augment'),
+    ('data.eval_split', 'tset', 'tset'),
+    ('data.eval_resize', 16, 'data.eval_resize 16'),
+    ('data.image_size', 0, 'data.image_size 0'),
+    ('data.std', (0.1, 0.1, 0.0), 'data.std'),
+    ('data.mean', (0.1,), 'data.mean'),
+    ('optimizer.name', 'adam', "unknown optimizer.name 'adam'"),
+    ('optimizer.momentum', -1.0, 'optimizer.momentum -1'),
+    ('schedule.name', 'linear', "unknown schedule.name 'linear'"),
+    ('schedule.base_lr', 0.0, 'schedule.base_lr 0'),
+    ('schedule.boundaries', (0.7, 0.5), 'schedule.boundaries'),
+    ('schedule.boundaries', (30.0, 60.0), 'schedule.boundaries'),
+    ('schedule.warmup_epochs', 300.0, 'schedule.warmup_epochs 300'),
+    ('run.log_every_steps', 0, 'run.log_every_steps 0'),
+    ('run.eval_every_epochs', 0.0, 'run.eval_every_epochs 0'),
+    ('run.keep', 0, 'run.keep 0'),
+  ],
+)
+def test_refuses(key, value, says):
+  config = load('cifar100_afi_resnet32')
+  with config.unlocked():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=says.replace('(', r'\(')) as error:
+    resolve(config, device_count=8)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('arg', ['c', 'b=1', 'stages', 'stages=x', 'stages=', 'stages=1,c', 'B'])
+def test_refuses_variants(arg):
+  with pytest.raises(UserError, match='config variant'):
+    parse_variant(arg, b=False, stages=())
