@@ -15,10 +15,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m afi_flax.main --config configs/digits_afi_resnet20.py --workdir runs/quickstart
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -16,8 +16,10 @@ def unknown(kind: str, name: str, options: Iterable[str], cure: str = '') -> Use
   options = sorted(options)
   nearest = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
   shown = options if len(options) <= 12 else nearest or options[:12]
-  text = f'unknown {kind} {name!r}'
-  if nearest:
-    text += f'; did you mean {nearest[0]!r}?'
-  text += f' {"Nearest" if len(shown) < len(options) else "Known"}: {", ".join(shown)}.'
-  return UserError(text + (f' {cure}' if cure else ''))
+  guess = f'; did you mean {nearest[0]!r}?' if nearest else '.'
+  known = f'{"Some are" if len(shown) < len(options) else "Known"}: {", ".join(shown)}.'
+  return UserError(' '.join(filter(None, (f'unknown {kind} {name!r}{guess}', known, cure))))
+
+
+class StoppedError(Exception):
+  """Not a mistake: a signal ended the run, whose state is saved for the same command to go on."""

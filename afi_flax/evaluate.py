@@ -31,6 +31,7 @@ class Evaluator:
     self._plan, self._mesh = plan, mesh
     self._source = sources.open_split(plan.data.dataset, plan.data.data_dir, self.split)
     self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
+    self._host_batches().close()  # a size that does not go with the pictures shows now
     self._step = jax.jit(
       steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
     )

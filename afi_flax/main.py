@@ -1,21 +1,23 @@
-"""The command: flags, devices, train or eval. No logic.
+"""Trains a network, or evaluates a trained one.
 
-Exit status: 0 done; 2 a mistake in what was asked for (one line says which); 75 stopped by a signal
-with the state saved, to be started again.
+  python -m afi_flax.main --config configs/cifar100_afi_resnet32.py --workdir runs/first
+  python -m afi_flax.main --mode=eval --workdir runs/first --checkpoint=best
+
+Any key of the config can be set, --config.batch_size=512; what stands behind a colon picks a
+variant, --config configs/cifar100_afi_resnet32.py:b. The same command goes on with a run that was
+stopped. Exit status: 0 done; 2 a mistake in what was asked for, which one line names; 75 stopped by
+a signal with the state saved, to be started again.
 """
 
 import os
-import sys
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from afi_flax import checkpoint, evaluate, report
+from afi_flax import checkpoint, commands, evaluate, report
 from afi_flax.errors import UserError
-from afi_flax.train import StoppedError, train
-
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+from afi_flax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'What to train: configs/NAME.py[:VARIANT].'
@@ -34,24 +36,12 @@ def main(_) -> None:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
   if _MODE.value == 'eval':
     record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)
-    print(report.describe_evaluation(record))
+    print(f'step {record["step"]}  {report.describe_evaluation(record)}')
   elif _CONFIG.value is None:
     raise UserError('no --config; give one, such as --config configs/digits_afi_resnet20.py')
   else:
     train(_CONFIG.value, _WORKDIR.value)
 
 
-def run() -> None:
-  """Runs the command; a user's mistake ends in one line."""
-  try:
-    app.run(main)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  except StoppedError as stopped:
-    print(stopped, file=sys.stderr)
-    sys.exit(STOPPED)
-
-
 if __name__ == '__main__':
-  run()
+  commands.run(main)

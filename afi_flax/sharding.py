@@ -40,3 +40,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on any process. All of them must ask."""
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def first_process_says(value: float) -> float:
+  """The first process's value, on all of them. All of them must ask."""
+  if jax.process_count() == 1:
+    return value
+  return float(multihost_utils.broadcast_one_to_all(np.float32(value)))

@@ -19,16 +19,12 @@ from afi_flax import metrics, models, optim, report, run, sharding, steps
 from afi_flax import state as state_lib
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.data import pipeline, sources
-from afi_flax.errors import UserError
+from afi_flax.errors import StoppedError, UserError
 from afi_flax.evaluate import Evaluator
 from afi_flax.workdir import StopSignals, Workdir
 
 # Steps that the host may be ahead of the device, and so late in noticing a loss that is not finite.
 MAX_AHEAD = 8
-
-
-class StoppedError(Exception):
-  """Not a mistake: a signal ended the run, whose state is saved for the same command to go on."""
 
 
 def train(config: ml_collections.ConfigDict, folder: str) -> None:
@@ -48,7 +44,12 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
   model = models.create_model(**vars(plan.model))
   optimizer = optim.make(plan.optim)
   source = sources.open_split(plan.data.dataset, plan.data.data_dir, plan.data.train_split)
+  _host_batches(plan, source, data_step=0).close()
   evaluator = Evaluator(plan, model, mesh)
+  if evaluator.split == 'train':
+    raise UserError(
+      "data.eval_split 'train' is what is trained on; hold a part out, such as train[98%:]"
+    )
 
   workdir = Workdir(folder)
   writer = jax.process_index() == 0
@@ -63,8 +64,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     checkpoints.set_aside(newer_than=start)
     best.set_aside(newer_than=start)
     workdir.cut_back(start)
-    reporter = _reporter(workdir, plan, start, writer)
-    reporter.say(_introduction(plan, state, mesh.size, origin))
+    best_top1 = _best_so_far(workdir, evaluator.split)
     learning_rate = optim.schedule(plan.optim)
     train_step = jax.jit(
       steps.make_train_step(model, optimizer, plan.data),
@@ -77,8 +77,12 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     )
     losses = collections.deque()  # of the steps that the device has not been seen to finish
     clock = _Clock()
-    trace = _Trace(workdir.profile, plan.run.profile_steps)
-    try:
+    with (
+      contextlib.closing(_reporter(workdir, plan, start, writer)) as reporter,
+      contextlib.closing(_Trace(workdir.profile, plan.run.profile_steps)) as trace,
+      contextlib.closing(batches),
+    ):
+      reporter.say(_introduction(plan, state, mesh.size, origin))
       while True:
         stop = _stopping(signals, step)
         at_end = step >= plan.run.stop_step
@@ -100,7 +104,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
           record = evaluator(state.variables, reporter.evaluating, lambda: _stopping(signals))
           stop = stop or record is None
           if record:
-            _keep_best(best, workdir, step, record, state)
+            if record['top1'] > best_top1:
+              best_top1 = record['top1']
+              best.save(step, state)
             reporter.evaluation({'step': step} | record)
             reporter.draw_curves()
         if stop or at_end:
@@ -119,10 +125,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         best.poll()
         reporter.progress(step)
         trace.after(step - start, loss)
-    finally:
-      batches.close()
-      trace.close()
-      reporter.close()
   if stop:
     raise StoppedError(
       f'stopped by {signals.requested} at step {step}; the same command goes on with it'
@@ -221,11 +223,10 @@ def _check_finite(losses: collections.deque, step: int, ahead: int = 0) -> None:
       )
 
 
-def _keep_best(best: Checkpoints, workdir: Workdir, step: int, record: dict, state) -> None:
-  """Saves the state as the best if no earlier evaluation of this split was as good."""
-  earlier = [r['top1'] for r in workdir.read_metrics() if r['split'] == record['split']]
-  if not earlier or record['top1'] > max(earlier):
-    best.save(step, state)
+def _best_so_far(workdir: Workdir, split: str) -> float:
+  """The best top-1 of the run's evaluations until now, as the first process has them on disk."""
+  seen = [r['top1'] for r in workdir.read_metrics() if r['split'] == split]
+  return sharding.first_process_says(max(seen, default=-1.0))
 
 
 class _Clock:

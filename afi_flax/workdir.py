@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from afi_flax.config import MAY_DIFFER
 from afi_flax.errors import UserError
 
@@ -274,7 +276,7 @@ def _holder(text: bytes) -> str:
 
 def _differences(stored: dict, given: dict, may_differ: tuple[str, ...] = ()) -> str:
   """'key: stored -> given' of the first few keys that differ, or ''."""
-  stored, given = dict(_flat(stored)), dict(_flat(_as_json(given)))
+  stored, given = (flatten_dict(tree, sep='.') for tree in (stored, _as_json(given)))
   differ = []
   for key in sorted(stored | given):
     if f'{key}.'.startswith(tuple(f'{name}.' for name in may_differ)):
@@ -300,12 +302,3 @@ def _change(old: Json, new: Json) -> str:
     i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
     return f'[{i}]: {old[i]!r} -> {new[i]!r}'
   return text[:100] + '...'
-
-
-def _flat(tree: dict[str, Json], prefix: str = '') -> Iterator[tuple[str, Json]]:
-  """(dotted key, value) of the leaves of nested dicts."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}', value

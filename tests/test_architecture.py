@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
 LOW = {'errors', 'random_draws'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
-TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop'}
+TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop', 'commands'}
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
@@ -27,6 +27,7 @@ ALLOWED = {
   'state': PARTS,
   'steps': PARTS | {'state'},
   'checkpoint': {'errors'},
+  'commands': {'errors'},
   'workdir': {'errors', 'config'},
   'report': {'errors', 'workdir'},
   'run': MIDDLE,

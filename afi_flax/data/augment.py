@@ -64,8 +64,9 @@ def pad_crop(images: Array, seed: int, epoch: Array, example: Array) -> Array:
   x = random_draws.integers(2 * pad + 1, seed, random_draws.CROP_X, epoch, example)
   padded = xp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
   at = xp.arange(b)[:, None]
-  rows = padded[at, y[:, None] + xp.arange(height)]  # [b,H,W+2pad,3]
-  return xp.swapaxes(xp.swapaxes(rows, 1, 2)[at, x[:, None] + xp.arange(width)], 1, 2)
+  rows = padded[at, y[:, None] + xp.arange(height)[None, :]]  # [b,H,W+2pad,3]
+  columns = xp.swapaxes(rows, 1, 2)[at, x[:, None] + xp.arange(width)[None, :]]  # [b,W,H,3]
+  return xp.swapaxes(columns, 1, 2)
 
 
 def flip(images: Array, seed: int, epoch: Array, example: Array) -> Array:

@@ -322,7 +322,7 @@ def _grain_batches(
   if not flags.FLAGS.is_parsed():  # grain passes its flags on to its workers
     flags.FLAGS.mark_as_parsed()
   dataset = grain.MapDataset.range(positions).map(element).batch(share, drop_remainder=True)
-  threads = 1 if workers else max(2, min(16, len(os.sched_getaffinity(0))))
+  threads = 1 if workers else max(2, min(16, os.cpu_count() or 2))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   read_ahead = dataset[first::step].to_iter_dataset(options)
   iterator = iter(read_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))

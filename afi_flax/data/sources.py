@@ -202,8 +202,8 @@ class _FakePictures:
     label = (self.start + i) % self.num_classes
     example = _fake_ids(self.split, self.start, self.stop)[i]
     side = 224 + 32 * int(random_draws.integers(3, random_draws.FAKE, 2, example))
-    image = _fake_images(np.array([label]), np.array([example]), side)[0]
-    return simplejpeg.encode_jpeg(image[: side - 16], quality=90), label
+    image = _fake_images(np.array([label]), np.array([example]), side)[0, : side - 16]
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=90), label
 
   def name(self, i: int) -> str:
     return f'fake_imagenet {self.split} example {self.start + i}'

@@ -1,0 +1,70 @@
+"""How every command starts and ends: flags, one-line errors, exit status."""
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from afi_flax.errors import StoppedError, UserError, unknown
+
+MISTAKE = 2  # exit status of what the user can mend
+STOPPED = 75  # of a run that a signal ended with its state saved: EX_TEMPFAIL, try again
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a command to the end of the process; a user's mistake ends it in one line."""
+  try:
+    app.run(main, flags_parser=_parse)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(MISTAKE)
+  except StoppedError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags, those of the config file included, whose libraries raise many things."""
+  try:
+    rest = app.parse_flags_with_usage(argv) if _asks_for_help(argv) else flags.FLAGS(argv)
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
+      flags.FLAGS['config'].value.to_dict()  # raises here if the file could not be read
+  except flags.Error as error:
+    raise UserError(f'{error}; see --help') from error
+  except (AttributeError, KeyError) as error:  # of ml_collections: the config has no such key
+    raise _unknown_key(argv, error) or error from error
+  except OSError as error:
+    raise _no_config(argv) or error from error
+  if len(rest) > 1:
+    raise UserError(f'{rest[1]!r} is not a flag; flags begin with --, see --help')
+  return rest
+
+
+def _asks_for_help(argv: list[str]) -> bool:
+  return any(arg.lstrip('-') in ('help', 'helpshort', 'helpfull', '?') for arg in argv[1:])
+
+
+def _unknown_key(argv: list[str], error: Exception) -> UserError | None:
+  """The key in full, with the nearest one that ml_collections names in its error."""
+  quoted = re.findall(r"""["']([\w.]+)["']""", str(error).replace('\\', ''))
+  for key in re.findall(r'--?config\.([\w.]+)', ' '.join(argv)):
+    parts = key.split('.')
+    if quoted and quoted[0] in parts:
+      nearest = (*quoted, quoted[0])[1]
+      right = '.'.join(nearest if part == quoted[0] else part for part in parts)
+      guess = f'; did you mean {right!r}?' if right != key else '.'
+      return UserError(f'unknown config key {key!r}{guess} All are in configs/common.py.')
+  return None
+
+
+def _no_config(argv: list[str]) -> UserError | None:
+  for given, value in zip(argv, [*argv[1:], ''], strict=True):
+    if given.lstrip('-').split('=')[0] == 'config':
+      path = (given.partition('=')[2] or value).partition(':')[0]
+      if not os.path.exists(path):
+        beside = glob.glob(os.path.join(os.path.dirname(path) or '.', '*.py'))
+        return unknown('config file', path, beside)
+  return None

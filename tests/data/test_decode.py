@@ -1,0 +1,178 @@
+import glob
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from afi_flax.data import augment, decode
+
+
+def picture(height=160, width=200, seed=0) -> Image.Image:
+  coarse = np.random.default_rng(seed).integers(0, 255, (8, 10, 3), dtype=np.uint8)
+  return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
+  file = io.BytesIO()
+  image.save(file, file_format, **options)
+  return file.getvalue()
+
+
+def by_pil(image: Image.Image, box, size) -> np.ndarray:
+  y, x, h, w = box
+  corners = (x, y, x + w, y + h)
+  return np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BILINEAR, corners))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+  return np.abs(a.astype(float) - b).mean()
+
+
+def grey16(image: Image.Image) -> Image.Image:
+  return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize(
+  ('name', 'convert', 'file_format', 'tolerance'),
+  [
+    ('colour JPEG', lambda i: i, 'JPEG', 1.5),
+    ('grey JPEG', lambda i: i.convert('L'), 'JPEG', 1),
+    ('CMYK JPEG', lambda i: i.convert('CMYK'), 'JPEG', 1),
+    ('PNG', lambda i: i, 'PNG', 0),
+    ('grey PNG', lambda i: i.convert('L'), 'PNG', 0),
+    ('16-bit grey PNG', grey16, 'PNG', 0),
+    ('PNG with alpha', lambda i: i.convert('RGBA'), 'PNG', 0),
+    ('GIF', lambda i: i.quantize(256), 'GIF', 0),
+    ('WebP', lambda i: i, 'WEBP', 4),
+    ('TIFF', lambda i: i, 'TIFF', 0),
+    ('BMP', lambda i: i, 'BMP', 0),
+  ],
+)
+def test_formats(name, convert, file_format, tolerance):
+  image = picture()
+  options = {'quality': 95} if file_format == 'JPEG' else {}
+  data = encode(convert(image), file_format, **options)
+  if 'grey' in name:
+    image = image.convert('L')
+  elif name == 'GIF':
+    image = convert(image)
+  assert decode.picture_size(data) == (160, 200)
+  got = decode.crop_resize(data, (0, 20, 160, 160), 160)
+  assert got.shape == (160, 160, 3)
+  assert got.dtype == np.uint8
+  assert difference(got, by_pil(image, (0, 20, 160, 160), 160)) <= tolerance
+
+
+def test_a_palette_with_transparency_and_an_animation_give_colours_without_a_warning():
+  frames = [picture(seed=i).quantize(64) for i in range(2)]
+  data = encode(frames[0], 'GIF', save_all=True, append_images=frames[1:], transparency=0)
+  got = decode.crop_resize(data, (0, 0, 160, 200), 100)
+  assert difference(got, by_pil(frames[0], (0, 0, 160, 200), 100)) < 2
+
+
+@pytest.mark.parametrize('size', [32, 75, 200])
+def test_jpegs_are_within_tolerance_of_pils_full_decode(size):
+  """At 32 libjpeg-turbo decodes to a quarter, at 75 whole; 200 enlarges."""
+  data = encode(picture(300, 400), 'JPEG', quality=90)
+  box = (30, 50, 240, 270)
+  want = by_pil(Image.open(io.BytesIO(data)), box, size)
+  assert difference(decode.crop_resize(data, box, size), want) < 1.5
+
+
+def test_scaled_decoding_keeps_twice_the_pixels_and_is_used(monkeypatch):
+  shapes = []
+  real = simplejpeg.decode_jpeg
+  monkeypatch.setattr(
+    simplejpeg, 'decode_jpeg', lambda *a, **k: shapes.append((out := real(*a, **k)).shape) or out
+  )
+  data = encode(picture(800, 1000), 'JPEG')
+  decode.crop_resize(data, (0, 0, 800, 1000), 100)  # needs 200 x 200 and more
+  decode.crop_resize(data, (0, 0, 400, 500), 100)
+  decode.crop_resize(data, (0, 0, 200, 250), 100)
+  assert shapes == [(200, 250, 3), (400, 500, 3), (800, 1000, 3)]
+
+
+@pytest.mark.parametrize(('height', 'width'), [(97, 143), (143, 97), (300, 300), (20, 35)])
+def test_evaluation_crop_equals_resize_and_then_crop(height, width):
+  image = picture(height, width)
+  short = min(height, width)
+  resized = image.resize((64 * width // short, 64 * height // short), Image.Resampling.BILINEAR)
+  y, x = round((resized.height - 56) / 2), round((resized.width - 56) / 2)
+  want = np.asarray(resized)[y : y + 56, x : x + 56]
+  got = decode.resize_centre_crop(encode(image, 'PNG'), 64, 56)
+  assert np.abs(got.astype(int) - want).max() <= 1
+
+
+def png_header(width: int, height: int) -> bytes:
+  body = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  chunk = struct.pack('>I', 13) + body + struct.pack('>I', zlib.crc32(body))
+  return b'\x89PNG\r\n\x1a\n' + chunk
+
+
+def jpeg_with_size(width: int, height: int) -> bytes:
+  data = encode(picture(), 'JPEG')
+  at = data.index(b'\xff\xc0') + 5  # the frame header's height and width
+  return data[:at] + struct.pack('>HH', height, width) + data[at + 4 :]
+
+
+@pytest.mark.parametrize('data', [png_header(20_000, 20_000), jpeg_with_size(20_000, 20_000)])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(data, monkeypatch):
+  monkeypatch.setattr(decode, '_decode', lambda *_: pytest.fail('decoded'))
+  with pytest.raises(decode.UnreadableError):
+    decode.crop_resize(data, (0, 0, 10, 10), 5)
+
+
+JPEG, PNG = encode(picture(), 'JPEG'), encode(picture(), 'PNG')
+
+
+@pytest.mark.parametrize(
+  'data',
+  [
+    b'',
+    b'no picture',
+    JPEG[:100],
+    JPEG[: len(JPEG) // 2],
+    PNG[: len(PNG) // 2],
+    b'\xff\xd8\xff',
+    b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n',
+  ],
+  ids=['empty', 'text', 'no data', 'half JPEG', 'half PNG', 'three bytes', 'EPS'],
+)
+def test_unreadable_bytes_raise_a_value_error(data):
+  with pytest.raises(decode.UnreadableError):
+    decode.resize_centre_crop(data, 16, 16)
+  assert issubclass(decode.UnreadableError, ValueError)
+
+
+def test_mutated_pictures_decode_or_are_unreadable():
+  rng = np.random.default_rng(0)
+  decoded = 0
+  for data in (JPEG, PNG, encode(picture(), 'WEBP'), encode(picture().quantize(64), 'GIF')):
+    for _ in range(50):
+      mutated = np.frombuffer(data, np.uint8).copy()
+      mutated[rng.integers(0, len(mutated), 3)] = rng.integers(0, 256, 3)
+      try:
+        decode.resize_centre_crop(mutated.tobytes(), 16, 16)
+        decoded += 1
+      except decode.UnreadableError:
+        pass
+  assert 0 < decoded < 200
+
+
+def test_real_pictures_are_close_to_pils_full_decode(real_data):
+  files = sorted(glob.glob(f'{real_data}/imagenet-samples/val/*/*.JPEG'))[::25]
+  differences = {64: [], 224: []}
+  for i, file in enumerate(files):
+    with open(file, 'rb') as opened:
+      data = opened.read()
+    for size, found in differences.items():
+      box = augment.random_resized_box(*decode.picture_size(data), 0, 0, i)
+      want = by_pil(Image.open(io.BytesIO(data)), box, size)
+      found.append(difference(decode.crop_resize(data, box, size), want))
+  assert len(files) == 20
+  assert np.mean(differences[64]) < 1.5
+  assert np.mean(differences[224]) < 0.5

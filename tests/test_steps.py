@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afi_flax import config, metrics, optim, sharding, state, steps
+from afi_flax.data import pipeline, sources
+from afi_flax.models.fusion import Fusion
+from afi_flax.models.resnet import BasicBlock, ResNet
+from configs import cifar100_afi_resnet32 as shipped
+
+FUSION = Fusion('half', reduction=4)
+# Two stages with block 1, a stride, and up to two reused features: as small as compiles fast.
+MODEL = ResNet((3, 2), (8, 16), BasicBlock, 'cifar', 10, (FUSION, FUSION))
+
+
+@pytest.fixture(scope='module')
+def plan():
+  cfg = shipped.get_config('smoke')
+  cfg.schedule.boundaries = ()  # no drop within the few steps taken here
+  return config.resolve(cfg, device_count=8)
+
+
+@pytest.fixture(scope='module')
+def batches(plan):
+  source = sources.open_split('fake_cifar', '', 'train')
+  stream = pipeline.train_batches(
+    source, seed=0, data_step=0, batch_size=16, augment='pad_crop_flip', image_size=32
+  )
+  return [next(stream) for _ in range(3)]
+
+
+def run(plan, batches, num_devices, seed=0):
+  """States and losses of one step a batch, and the jitted step."""
+  mesh = sharding.make_mesh(jax.devices()[:num_devices])
+  optimizer = optim.make(plan.optim)
+  replicated = sharding.replicated(mesh)
+  train_step = jax.jit(
+    steps.make_train_step(MODEL, optimizer, plan.data),
+    donate_argnums=0,
+    out_shardings=replicated,
+  )
+  now = state.initialise(MODEL, optimizer, 32, seed, replicated)
+  losses = []
+  for batch in batches:
+    now, loss = train_step(now, sharding.put_batch(batch, mesh))
+    losses.append(float(loss))
+  return now, losses, train_step
+
+
+@pytest.fixture(scope='module')
+def on_one(plan, batches):
+  return run(plan, batches, 1)
+
+
+@pytest.fixture(scope='module')
+def on_eight(plan, batches):
+  return run(plan, batches, 8)
+
+
+def test_one_and_eight_devices_take_the_same_step(plan, batches, on_one, on_eight):
+  one, eight = run(plan, batches[:1], 1), run(plan, batches[:1], 8)
+  np.testing.assert_allclose(one[1], eight[1], rtol=1e-6)
+  for path, a in jax.tree_util.tree_leaves_with_path(jax.device_get(one[0])):
+    b = dict(jax.tree_util.tree_leaves_with_path(jax.device_get(eight[0])))[path]
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=str(path))
+  np.testing.assert_allclose(on_one[1], on_eight[1], rtol=1e-4)
+
+
+def test_same_seed_same_bits_and_other_seed_other_loss(plan, batches, on_one):
+  again, losses, _ = run(plan, batches, 1)
+  assert losses == on_one[1]
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(on_one[0]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert run(plan, batches[:1], 1, seed=1)[1] != losses[:1]
+
+
+def test_compiles_once(on_one, on_eight):
+  assert on_one[2]._cache_size() == 1
+  assert on_eight[2]._cache_size() == 1
+
+
+def test_state_after_three_steps(plan, batches, on_one):
+  now, losses, _ = on_one
+  assert int(now.step) == int(now.data_step) == 3
+  means = metrics.means([now.metric_sums])
+  assert means['examples'] == 48
+  np.testing.assert_allclose(means['loss'], np.mean(losses), rtol=1e-5)
+  assert {x.dtype for x in jax.tree.leaves(now.params)} == {jnp.dtype('float32')}
+
+
+def test_learns_one_batch_by_heart(plan, batches):
+  _, losses, _ = run(plan, batches[:1] * 60, 1)
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_global_batch_norm(plan, batches, on_eight):
+  """Running means after one step are those of the whole batch, not of a device's share."""
+  now, _, _ = run(plan, batches[:1], 8)
+  one = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+  first = state.initialise(MODEL, optim.make(plan.optim), 32, 0, one)
+  images = (batches[0]['image'] / 255 - np.array(plan.data.mean)) / np.array(plan.data.std)
+  kernel = jax.device_get(first.params['stem']['conv']['kernel'])
+  out = jax.lax.conv_general_dilated(
+    images.astype('float32'), kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  want_mean, want_var = out.mean(axis=(0, 1, 2)), out.var(axis=(0, 1, 2))  # var: divided by n
+  got = now.batch_stats['stem']['bn']
+  np.testing.assert_allclose(got['mean'], 0.1 * want_mean, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(got['var'], 0.9 + 0.1 * want_var, rtol=1e-3)
