@@ -28,7 +28,7 @@ from afi_flax.errors import UserError
 
 PyTree = Any
 
-_SUMS = re.compile(r'sums\.(\d+)-of-(\d+)\.json')
+_SUMS = re.compile(r'sums\.\d+-of-\d+\.json')
 _ITEM = 'state'  # the checkpoint's only item, for Orbax
 
 
@@ -158,12 +158,10 @@ class Checkpoints:
     """Makes room for training on from step `newer_than`; deletes nothing that can be read.
 
     Newer steps, and those that `restore` found damaged, move to FOLDER/../unreadable/STEP[-n], sums
-    included. Leftovers of a save that was killed are removed. Not for evaluation, which may look
-    into the folder of a running run.
+    included. Leftovers of a save that was killed are removed. Not for evaluation.
     """
     self._finish()
-    steps = self.steps()
-    self._set_aside([n for n in steps if n > newer_than or n in self._damaged])
+    self._set_aside([n for n in self.steps() if n > newer_than or n in self._damaged])
 
   def close(self) -> None:
     """Waits for the save in progress, seals it and stops Orbax's threads.
@@ -210,17 +208,13 @@ class Checkpoints:
       'make room or mend the disk and start the same command again, or take another --workdir'
     )
 
-  def _files(self, step: int) -> list[str]:
-    """The step's files but for the sums, as POSIX paths relative to its folder, sorted."""
-    folder = self._folder / str(step)
-    files = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
-    return sorted(name for name in files if not _SUMS.fullmatch(name))
-
   def _seal(self, step: int) -> None:
     """Writes the sums of this process's share of the step's files."""
     process, processes = jax.process_index(), jax.process_count()
     folder = self._folder / str(step)
-    sums = {name: _sha256(folder / name) for name in self._files(step)[process::processes]}
+    files = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+    names = sorted(name for name in files if not _SUMS.fullmatch(name))
+    sums = {name: _sha256(folder / name) for name in names[process::processes]}
     record = {'process': process, 'processes': processes, 'sha256': sums}
     # Need not be atomic: a torn file is not JSON, and then the step counts as unsealed.
     path = folder / f'sums.{process}-of-{processes}.json'

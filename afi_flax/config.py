@@ -77,10 +77,16 @@ class Run:
   workers: int
   stop_step: int
   log_every: int  # steps
-  eval_every: int  # steps
+  eval_every: float  # steps, not whole where an epoch has no whole number of batches
   save_every: int  # steps
   keep: int
   profile_steps: int
+
+  def evaluates_at(self, step: int) -> bool:
+    """Whether `step` is the first one after a multiple of `eval_every`, or the last of the run."""
+    times = math.floor(step / self.eval_every)
+    due = times > 0 and step == math.ceil(times * self.eval_every - 1e-6)
+    return step > 0 and (due or step >= self.stop_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +246,7 @@ def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: in
     workers=run.workers,
     stop_step=min(total_steps, run.max_steps or total_steps),
     log_every=run.log_every_steps,
-    eval_every=max(1, round(run.eval_every_epochs * steps_per_epoch)),
+    eval_every=max(1.0, run.eval_every_epochs * steps_per_epoch),
     save_every=run.save_every_steps,
     keep=run.keep,
     profile_steps=run.profile_steps,

@@ -87,7 +87,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         stop = _stopping(signals, step)
         at_end = step >= plan.run.stop_step
         log = step % plan.run.log_every == 0 or at_end
-        evaluate = (step % plan.run.eval_every == 0 or at_end) and step > 0
+        evaluate = plan.run.evaluates_at(step)
         save = step % plan.run.save_every == 0 or evaluate or stop
         if log or save:
           _check_finite(losses, step)

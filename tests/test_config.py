@@ -59,7 +59,10 @@ def test_paper_recipe_cifar():
   assert plan.optim.total_steps == 234375
   assert plan.optim.boundaries == (117188, 175781)
   assert plan.optim.peak_lr == 0.1
-  assert plan.run.eval_every == 781
+  evaluations = [step for step in range(234376) if plan.run.evaluates_at(step)]
+  assert evaluations[:3] == [782, 1563, 2344]
+  assert evaluations[-1] == 234375
+  assert len(evaluations) == 300
 
 
 def test_learning_rate_and_steps_follow_the_batch_size():
@@ -80,6 +83,17 @@ def test_max_steps_leaves_the_schedule():
   plan = resolve(config)
   assert plan.run.stop_step == 10
   assert plan.optim.total_steps == 234375
+
+
+@pytest.mark.parametrize('every', [0.5, 1.0, 2.5, 7.0])
+@pytest.mark.parametrize('batch', [64, 60, 1000])
+def test_evaluates_at_the_end_and_not_just_before(every, batch):
+  config = load('digits_afi_resnet20')
+  config.batch_size, config.epochs, config.run.eval_every_epochs = batch, 7.0, every
+  plan = resolve(config)
+  steps = [n for n in range(plan.run.stop_step + 1) if plan.run.evaluates_at(n)]
+  assert len(steps) == min(-(-7 // every), plan.run.stop_step)
+  assert steps[-1] == plan.run.stop_step == plan.optim.total_steps
 
 
 def test_hold_out():

@@ -99,7 +99,7 @@ def test_trains_and_says_so(four_steps):
   assert [(r['step'], r['split']) for r in records] == [
     (1, 'train'), (2, 'train'), (3, 'train'), (4, 'train'), (4, 'test'),
   ]  # fmt: skip
-  assert [r['examples'] for r in records] == [64, 64, 64, 64, 359]
+  assert [r['examples'] for r in records] == [32, 32, 32, 32, 359]
   assert all(0 <= r['top1'] <= r['top5'] <= 1 for r in records)
 
 
@@ -224,7 +224,7 @@ def test_mistakes_about_a_run_that_is_there(four_steps):
   workdir = four_steps[0]
   config = digits_config.get_config()
   config.epochs, config.seed = 13.0, 1
-  with pytest.raises(UserError, match=r'epochs: 12.0 -> 13.0.*seed: 0 -> 1'):
+  with pytest.raises(UserError, match=r'epochs: 20.0 -> 13.0.*seed: 0 -> 1'):
     train.train(config, workdir)
   with pytest.raises(UserError, match=r'no checkpoint of step 3.*there is 4'):
     evaluate.evaluate_run(workdir, '3')

@@ -1,14 +1,10 @@
 import io
-import itertools
 import os
-import struct
 import types
 
-import numpy as np
 import pytest
-from matplotlib import figure
 
-from afi_flax import report
+from afi_flax import curves, event_file, report
 from afi_flax.workdir import Workdir
 
 
@@ -36,10 +32,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
   """Time that stands still but for `clock.now += seconds`."""
   clock = types.SimpleNamespace(now=1000.0)
-  fake = types.SimpleNamespace(
-    monotonic=lambda: clock.now, time=lambda: clock.now, time_ns=lambda: int(clock.now * 1e9)
-  )
-  monkeypatch.setattr(report, 'time', fake)
+  monkeypatch.setattr(report, 'time', types.SimpleNamespace(monotonic=lambda: clock.now))
   return clock
 
 
@@ -268,222 +261,82 @@ def test_records_are_stored_in_order_with_the_learning_rate(make, tmp_path):
   ]
 
 
-def crc32c(data):
-  """Bit by bit, as RFC 3720 defines it."""
-  crc = 0xFFFFFFFF
-  for byte in data:
-    crc ^= byte
-    for _ in range(8):
-      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-  return crc ^ 0xFFFFFFFF
+class Events:
+  """An event file that remembers what it is given."""
+
+  def __init__(self, folder, purge_step):
+    self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, {}, False
+
+  def add(self, step, scalars):
+    self.scalars |= {(step, tag): value for tag, value in scalars.items()}
+
+  def close(self):
+    self.closed = True
 
 
-def records_of(data):
-  """Payloads of a TFRecord file, whose checksums must be right."""
+@pytest.fixture
+def events(monkeypatch):
+  """The event files that reporters open."""
+  opened = []
 
-  def masked(part):
-    crc = crc32c(part)
-    return ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32
+  def open_(folder, purge_step):
+    opened.append(Events(folder, purge_step))
+    return opened[-1]
 
-  while data:
-    (length,), (crc,) = struct.unpack('<Q', data[:8]), struct.unpack('<I', data[8:12])
-    payload = data[12 : 12 + length]
-    assert len(payload) == length
-    assert crc == masked(data[:8])
-    assert struct.unpack('<I', data[12 + length : 16 + length]) == (masked(payload),)
-    yield payload
-    data = data[16 + length :]
-
-
-def fields_of(message):
-  """[(number, value)] of a protocol buffer message."""
-  fields = []
-  position = 0
-
-  def varint():
-    nonlocal position
-    value = shift = 0
-    while True:
-      byte = message[position]
-      position += 1
-      value |= (byte & 127) << shift
-      shift += 7
-      if byte < 128:
-        return value
-
-  while position < len(message):
-    key = varint()
-    if key & 7 == 0:
-      value = varint()
-    else:
-      length = {1: 8, 5: 4}.get(key & 7) or varint()
-      value = message[position : position + length]
-      position += length
-      if key & 7 != 2:
-        (value,) = struct.unpack('<d' if length == 8 else '<f', value)
-    fields.append((key >> 3, value))
-  return fields
-
-
-def scalars_of(path):
-  """{(step, tag): value} and the step from which older events are void."""
-  assert crc32c(b'123456789') == 0xE3069283
-  scalars, purge_step = {}, None
-  for number, event in enumerate(records_of(path.read_bytes())):
-    fields = dict(fields_of(event))
-    if number == 0:
-      assert fields[3] == b'brain.Event:2'
-    elif 7 in fields:
-      assert fields_of(fields[7]) == [(1, 1)]  # status START
-      purge_step = fields[2]
-    else:
-      for _, value in fields_of(fields[5]):
-        tag, scalar = dict(fields_of(value))[1], dict(fields_of(value))[2]
-        scalars[fields[2], tag.decode()] = scalar
-  return scalars, purge_step
+  monkeypatch.setattr(event_file, 'EventFile', open_)
+  return opened
 
 
 class TestEventFiles:
-  def test_hold_every_scalar(self, make, tmp_path):
+  def test_hold_every_scalar(self, make, tmp_path, events):
     reporter = make()
     reporter.train(record(100), 0.1)
     reporter.evaluation(record(70_000, 'test', loss=2.0))
-    (path,) = (tmp_path / 'events').iterdir()
-    scalars, purge_step = scalars_of(path)  # before closing: what is written is there
     reporter.close()
-    assert 'tfevents' in path.name  # by which TensorBoard finds it
-    assert purge_step == 1
-    assert scalars == pytest.approx(
-      {
-        (100, 'train/loss'): 1.234,
-        (100, 'train/top1'): 0.5,
-        (100, 'train/top5'): 0.9,
-        (100, 'train/images_per_second'): 93.1,
-        (100, 'train/learning_rate'): 0.1,
-        (70_000, 'test/loss'): 2.0,
-        (70_000, 'test/top1'): 0.5,
-        (70_000, 'test/top5'): 0.9,
-        (70_000, 'test/images_per_second'): 93.1,
-      },
-      rel=1e-6,
-    )
+    (file,) = events
+    assert file.folder == tmp_path / 'events'
+    assert file.closed
+    assert file.purge_step == 1
+    assert file.scalars == {
+      (100, 'train/loss'): 1.234,
+      (100, 'train/top1'): 0.5,
+      (100, 'train/top5'): 0.9,
+      (100, 'train/images_per_second'): 93.1,
+      (100, 'train/learning_rate'): 0.1,
+      (70_000, 'test/loss'): 2.0,
+      (70_000, 'test/top1'): 0.5,
+      (70_000, 'test/top5'): 0.9,
+      (70_000, 'test/images_per_second'): 93.1,
+    }
 
-  def test_a_resumed_run_voids_what_came_after_its_checkpoint(self, make, tmp_path):
+  def test_a_resumed_run_voids_what_came_after_its_checkpoint(self, make, events):
     for start in (0, 200):
       reporter = make(start_step=start)
       reporter.train(record(start + 100), 0.1)
       reporter.close()
-    first, second = sorted((tmp_path / 'events').iterdir())
-    assert set(step for step, _ in scalars_of(first)[0]) == {100}
-    assert set(step for step, _ in scalars_of(second)[0]) == {300}
-    assert scalars_of(second)[1] == 201
+    first, second = events
+    assert {step for step, _ in first.scalars} == {100}
+    assert {step for step, _ in second.scalars} == {300}
+    assert second.purge_step == 201
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-  """The figures that were saved."""
-  figures = []
-  save = figure.Figure.savefig
+def test_curves_are_drawn_now_and_then_and_at_the_end(make, clock, monkeypatch):
+  drawings = []
 
-  def savefig(self, *arguments, **keywords):
-    figures.append(self)
-    save(self, *arguments, **keywords)
+  def draw(records, *_):
+    drawings.append(len(records))
+    clock.now += 0.3
 
-  monkeypatch.setattr(figure.Figure, 'savefig', savefig)
-  return figures
-
-
-def texts(axes):
-  return [text.get_text() for text in axes.texts]
-
-
-class TestCurves:
-  def test_axes_labels_and_drops(self, tmp_path, drawn):
-    path = tmp_path / 'curves.png'
-    path.write_bytes(b'an older picture')
-    records = []
-    for step in range(100, 1000, 100):
-      rate = 0.1 if step <= 500 else 0.01
-      records.append(record(step, loss=5 - step / 250, top1=step / 1250, learning_rate=rate))
-    for step, loss, top1 in ((300, 3.0, 0.2), (600, 1.5, 0.61), (900, 1.7, 0.6)):
-      records.append(record(step, 'test', loss=loss, top1=top1))
-    report.draw_curves(records, path, steps_per_epoch=300.0, title='five $ and $ a name')
-
-    assert path.read_bytes().startswith(b'\x89PNG')
-    assert list(tmp_path.iterdir()) == [path]
-    (fig,) = drawn
-    assert fig.get_suptitle() == 'five $ and $ a name'
-    loss, top1 = fig.axes
-    assert texts(loss) == ['train 1.400', 'test 1.700\nbest 1.500, epoch 2', 'lr 0.01']
-    assert texts(top1) == ['train 72.0%', 'test 60.0%\nbest 61.0%, epoch 2']
-    train, test = [line for line in top1.lines if len(line.get_xdata()) in (9, 3)]
-    np.testing.assert_allclose(train.get_xdata(), np.arange(1, 10) / 3)
-    np.testing.assert_allclose(test.get_ydata(), [20, 61, 60])
-    assert [line.get_xdata() for line in loss.lines if line.get_linestyle() == '--'] == [
-      [500 / 300] * 2
-    ]
-
-  def test_labels_do_not_cover_each_other(self, tmp_path, drawn):
-    records = [
-      record(step, split, loss=1.0 + step / 1e6)
-      for step in (100, 200, 300)
-      for split in ('train', 'test', 'train[98%:]', 'other')
-    ]
-    report.draw_curves(records, tmp_path / 'curves.png', 100.0)
-    for axes in drawn[0].axes:
-      boxes = sorted(text.get_window_extent().extents[[1, 3]].tolist() for text in axes.texts)
-      assert len(boxes) == 4
-      assert all(low[1] <= high[0] + 0.5 for low, high in itertools.pairwise(boxes))
-
-  def test_a_long_training_curve_is_smoothed_and_an_evaluated_one_is_not(self, tmp_path, drawn):
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=3000)
-    records = [record(step, loss=3 + noise[step]) for step in range(3000)]
-    records += [record(step, 'test', loss=3 + noise[step]) for step in range(0, 3000, 10)]
-    report.draw_curves(records, tmp_path / 'curves.png', 100.0)
-    raw, smooth, test, _ = (np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines)
-    np.testing.assert_allclose(raw, 3 + noise)
-    np.testing.assert_allclose(smooth[1500], raw[1485:1516].mean())
-    assert smooth.std() < raw.std() / 4
-    np.testing.assert_allclose(test, raw[::10])
-
-  def test_a_few_huge_losses_do_not_flatten_the_rest(self, tmp_path, drawn):
-    records = [record(step, loss=1e6 if step == 3 else 2.0) for step in range(1, 101)]
-    report.draw_curves(records, tmp_path / 'curves.png', 100.0)
-    assert drawn[0].axes[0].get_ylim() == (0, 4)
-
-  @pytest.mark.parametrize('split', ['train', 'test'])
-  def test_one_point(self, tmp_path, drawn, split):
-    report.draw_curves([record(100, split)], tmp_path / 'curves.png', 100.0)
-    assert drawn[0].axes[0].lines[0].get_marker() == 'o'
-
-  def test_nothing_is_drawn_of_nothing(self, tmp_path):
-    report.draw_curves([], tmp_path / 'curves.png', 100.0)
-    assert not list(tmp_path.iterdir())
-
-  def test_a_cosine_has_no_drops(self, tmp_path, drawn):
-    rates = 0.05 + 0.05 * np.cos(np.pi * np.arange(1, 101) / 100)
-    records = [record(k, learning_rate=rate) for k, rate in enumerate(rates, start=1)]
-    report.draw_curves(records, tmp_path / 'curves.png', 10.0)
-    assert texts(drawn[0].axes[0]) == ['train 1.234']
-
-  def test_are_drawn_now_and_then_and_at_the_end(self, make, clock, monkeypatch):
-    drawings = []
-
-    def draw(records, *_):
-      drawings.append(len(records))
-      clock.now += 0.3
-
-    monkeypatch.setattr(report, 'draw_curves', draw)
-    reporter = make()
-    for step, wait in ((1, 1), (2, 5), (3, 4), (4, 1)):
-      reporter.evaluation(record(step, 'test'))
-      reporter.draw_curves()
-      clock.now += wait
-    assert drawings == [1, 3]
-    reporter.close()
-    reporter.close()
-    assert drawings == [1, 3, 4]
+  monkeypatch.setattr(curves, 'draw', draw)
+  reporter = make()
+  for step, wait in ((1, 1), (2, 5), (3, 4), (4, 1)):
+    reporter.evaluation(record(step, 'test'))
+    reporter.draw_curves()
+    clock.now += wait
+  assert drawings == [1, 3]
+  reporter.close()
+  reporter.close()
+  assert drawings == [1, 3, 4]
 
 
 class TestSummary:

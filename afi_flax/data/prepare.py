@@ -13,7 +13,7 @@ import urllib.request
 import numpy as np
 
 from afi_flax import errors
-from afi_flax.data import sources
+from afi_flax.data import array_records, sources
 from afi_flax.errors import UserError
 
 _CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/'
@@ -44,10 +44,10 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
     raise errors.unknown('data set', dataset, sources.known_datasets())
   if dataset not in _ARCHIVES:
     return f'{dataset} needs no preparing'
-  root = sources.tfds_root(data_dir)
-  prepared = sources.find_prepared(dataset, data_dir)
+  root = array_records.root(data_dir)
+  prepared = array_records.find_prepared(dataset, data_dir)
   if prepared is not None:
-    if (found := sources.file_format(prepared)) != 'array_record':
+    if (found := array_records.file_format(prepared)) != 'array_record':
       raise UserError(
         f'{prepared} holds {found} files, which a run cannot read; give another --data_dir'
       )
@@ -60,7 +60,7 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
   _build(dataset, root, archives)
   info = sources.describe(dataset, data_dir)
   sizes = ', '.join(f'{n} {split}' for split, n in info.num_examples.items())
-  return f'prepared {dataset} in {sources.find_prepared(dataset, data_dir)}: {sizes} examples'
+  return f'prepared {dataset} in {array_records.find_prepared(dataset, data_dir)}: {sizes} examples'
 
 
 def _check_archives(dataset: str, root: pathlib.Path, archives: str) -> None:

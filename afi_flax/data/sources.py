@@ -5,20 +5,15 @@ one by one (`Encoded`). The sets of TFDS are read from array_record files, witho
 A new data set is one entry in `_TABLE`.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-import json
-import os
-import pathlib
 import re
-import zlib
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from afi_flax import errors, random_draws
+from afi_flax.data import array_records, folders
 from afi_flax.errors import UserError
 
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
@@ -32,8 +27,6 @@ CIFAR100_CLASSES = """
     snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
-SPLIT_FOLDERS = ('train', 'val', 'validation', 'test')
-PICTURE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 _SPLIT_SPEC = re.compile(r'([\w-]+)(?:\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?')
 
 
@@ -209,235 +202,29 @@ class _FakePictures:
     return f'fake_imagenet {self.split} example {self.start + i}'
 
 
-def _open_fake_imagenet(data_dir, info, split, start, stop) -> Encoded:
+def _open_fake_imagenet(
+  data_dir: str, info: DatasetInfo, split: str, start: int, stop: int
+) -> Encoded:
   del data_dir
   return _FakePictures(split, start, stop, len(info.class_names))
 
 
-# ---- TFDS
+# ---- from files
 
 
-def tfds_root(data_dir: str) -> pathlib.Path:
-  """The folder of prepared TFDS sets: data_dir, or TFDS's own default where that is ''."""
-  default = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(data_dir or default).expanduser()
+def _open_array_records(
+  data_dir: str, info: DatasetInfo, split: str, start: int, stop: int
+) -> array_records.Pictures:
+  num_classes = len(info.class_names)
+  return array_records.open_split(info.name, data_dir, split, start, stop, num_classes)
 
 
-def find_prepared(dataset: str, data_dir: str) -> pathlib.Path | None:
-  """The newest version's folder of a prepared TFDS set, or None; looks at local files only."""
-  found = [path.parent for path in (tfds_root(data_dir) / dataset).glob('*/dataset_info.json')]
-  return max(found, key=lambda path: [int(x) for x in re.findall(r'\d+', path.name)], default=None)
+def _open_in_memory(data_dir: str, info: DatasetInfo, split: str, start: int, stop: int) -> Arrays:
+  return Arrays(*_open_array_records(data_dir, info, split, start, stop).decode())
 
 
-def file_format(prepared: pathlib.Path) -> str:
-  """'array_record', 'tfrecord', ...: the format of a prepared set's files."""
-  return _read_info(prepared).get('fileFormat', 'tfrecord')
-
-
-def _read_info(prepared: pathlib.Path) -> dict:
-  return json.loads((prepared / 'dataset_info.json').read_text())
-
-
-def _tfds_sizes(dataset: str, data_dir: str, known: dict[str, int]) -> dict[str, int]:
-  """Examples by split: as prepared where the set is, else as published."""
-  prepared = find_prepared(dataset, data_dir)
-  if prepared is None:
-    return known
-  splits = _read_info(prepared)['splits']
-  return {split['name']: sum(map(int, split['shardLengths'])) for split in splits}
-
-
-def _readable(dataset: str, data_dir: str, split: str) -> pathlib.Path:
-  """The prepared set's folder; checked here because TFDS would try the network ten times first."""
-  root = tfds_root(data_dir)
-  command = f'python -m afi_flax.prepare --dataset {dataset} --data_dir'
-  prepared = find_prepared(dataset, data_dir)
-  if prepared is None:
-    raise UserError(f'{dataset} is not prepared under {root}; run `{command} {root}`')
-  if file_format(prepared) != 'array_record':
-    raise UserError(
-      f'{prepared} holds {file_format(prepared)} files and array_record is needed; prepare it '
-      f'again beside them: `{command} {root}_array_record`'
-    )
-  shards = next(s for s in _read_info(prepared)['splits'] if s['name'] == split)['shardLengths']
-  found = len(list(prepared.glob(f'{dataset}-{split}.array_record-*')))
-  if found != len(shards):
-    raise UserError(
-      f'{prepared} has {found} of {len(shards)} files of its {split} split; '
-      f'delete it and run `{command} {root}`'
-    )
-  return prepared
-
-
-class _TfdsPictures:
-  """Pictures and labels in a prepared set's array_record files; opened when first read."""
-
-  def __init__(self, prepared: pathlib.Path, split: str, start: int, stop: int, num_classes: int):
-    self._prepared = prepared
-    self._split = split
-    self._start = start
-    self._stop = stop
-    self._num_classes = num_classes
-
-  def __len__(self) -> int:
-    return self._stop - self._start
-
-  def __getstate__(self):  # workers open the files themselves
-    return {key: value for key, value in self.__dict__.items() if key != '_records'}
-
-  @functools.cached_property
-  def _records(self):
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(self._prepared)
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    return builder.as_data_source(split=self._split, deserialize_method=raw)
-
-  def read(self, i: int) -> tuple[bytes, int]:
-    return self._parse(i, self._records[self._start + i])
-
-  def read_many(self, chunk: range) -> list[tuple[bytes, int]]:
-    """As `read` for each of a range, at less than half the time."""
-    records = self._records.__getitems__([self._start + i for i in chunk])
-    return [self._parse(i, record) for i, record in zip(chunk, records, strict=True)]
-
-  def _parse(self, i: int, record: bytes) -> tuple[bytes, int]:
-    """Picture and label of a record, in a tenth of the time that TFDS's feature decoding takes."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
-    label = feature['label'].int64_list.value[0]
-    if not 0 <= label < self._num_classes:
-      raise UserError(
-        f'{self.name(i)} has label {label}; labels of {self._num_classes} classes go from 0 to '
-        f'{self._num_classes - 1}'
-      )
-    return feature['image'].bytes_list.value[0], label
-
-  def name(self, i: int) -> str:
-    return f'{self._prepared.parent.name} {self._split} example {self._start + i}'
-
-
-def _open_tfds(data_dir, info, split, start, stop) -> Encoded:
-  prepared = _readable(info.name, data_dir, split)
-  return _TfdsPictures(prepared, split, start, stop, len(info.class_names))
-
-
-def _open_tfds_in_memory(data_dir, info, split, start, stop) -> Arrays:
-  """Decodes all pictures of one size (lossless PNGs) in threads."""
-  import cv2
-
-  source = _open_tfds(data_dir, info, split, start, stop)
-
-  def decode(chunk: range) -> tuple[np.ndarray, list[int]]:
-    records = source.read_many(chunk)
-    images = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data, _ in records]
-    if any(image is None for image in images):
-      raise UserError(f'{source.name(chunk[0])} or one soon after cannot be decoded; prepare again')
-    return np.stack(images)[..., ::-1], [label for _, label in records]  # OpenCV's order is BGR
-
-  chunks = [range(at, min(at + 500, len(source))) for at in range(0, len(source), 500)]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    images, labels = zip(*pool.map(decode, chunks), strict=True)
-  return Arrays(np.concatenate(images), np.concatenate(labels).astype(np.int32))
-
-
-# ---- folders of pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class _FolderPictures:
-  """Files below a folder: paths bytes [N], relative, in a fixed shuffled order; labels i32 [N]."""
-
-  root: str
-  paths: np.ndarray
-  labels: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  def read(self, i: int) -> tuple[bytes, int]:
-    with open(self.name(i), 'rb') as file:
-      return file.read(), int(self.labels[i])
-
-  def name(self, i: int) -> str:
-    return os.path.join(self.root, os.fsdecode(self.paths[i]))
-
-
-def _folder_splits(data_dir: str) -> dict[str, pathlib.Path]:
-  """Split name -> its folder of class folders; a folder without split folders is all 'train'."""
-  root = pathlib.Path(data_dir).expanduser()
-  if not data_dir or not root.is_dir():
-    raise UserError(f'image_folder: {data_dir!r} is not a folder; set data_dir to one')
-  folders = _sub_folders(root)
-  if not folders:
-    raise UserError(
-      f'{root} has no class folders; put the pictures of each class in one of its own'
-    )
-  splits = {name: root / name for name in SPLIT_FOLDERS if name in folders}
-  # A class may be called 'train' or 'test' too; a split is known by the folders that it holds.
-  if set(folders) == set(splits) or any(_sub_folders(path) for path in splits.values()):
-    return splits
-  return {'train': root}
-
-
-def _sub_folders(folder: pathlib.Path) -> list[str]:
-  return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
-
-
-@functools.lru_cache(maxsize=8)  # a big folder on a network disk takes a while to list
-def _list_folder(folder: pathlib.Path, classes: tuple[str, ...]) -> _FolderPictures:
-  """All pictures of a split. The order is shuffled by a hash of the names, so that any part of
-  the split ('train[:80%]') has pictures of all classes, and new files hardly move old ones."""
-  paths, labels = [], []
-  for label, name in enumerate(classes):
-    for parent, folders, files in os.walk(folder / name):
-      folders.sort()
-      within = os.path.relpath(parent, folder)
-      chosen = [f for f in sorted(files) if os.path.splitext(f)[1].lower() in PICTURE_SUFFIXES]
-      paths += [os.fsencode(os.path.join(within, f)) for f in chosen]
-      labels += [label] * len(chosen)
-  if not paths:
-    raise UserError(f'{folder} has no pictures in its class folders ({_shown(classes)})')
-  crc = np.array([zlib.crc32(path) for path in paths], np.uint32)
-  order = np.argsort(random_draws.bits(random_draws.FILE_ORDER, crc), kind='stable')
-  return _FolderPictures(str(folder), np.array(paths)[order], np.array(labels, np.int32)[order])
-
-
-def _shown(names) -> str:
-  names = list(names)
-  return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-
-
-def _folder_classes(splits: dict[str, pathlib.Path]) -> tuple[str, ...]:
-  """Class names: those of 'train', or of the first split there is."""
-  first = next(iter(splits))
-  classes = _sub_folders(splits[first])
-  if len(classes) < 2:
-    raise UserError(
-      f'{splits[first]} has {len(classes)} class folders ({_shown(classes) or "none"}); '
-      'a classifier needs at least 2'
-    )
-  for folder in splits.values():
-    if extra := sorted(set(_sub_folders(folder)) - set(classes)):
-      raise UserError(f'{folder} has classes that {first} has not: {_shown(extra)}; remove them')
-  return tuple(classes)
-
-
-def _describe_folder(data_dir: str) -> DatasetInfo:
-  splits = _folder_splits(data_dir)
-  classes = _folder_classes(splits)
-  listed = {name: _list_folder(folder, classes) for name, folder in splits.items()}
-  first = next(iter(splits))
-  counts = np.bincount(listed[first].labels, minlength=len(classes))
-  if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
-    raise UserError(f'{splits[first]} has no pictures of {_shown(empty)}; add some or remove it')
-  return DatasetInfo('image_folder', {name: len(s) for name, s in listed.items()}, classes)
-
-
-def _open_folder(data_dir, info, split, start, stop) -> Encoded:
-  whole = _list_folder(_folder_splits(data_dir)[split], info.class_names)
-  return _FolderPictures(whole.root, whole.paths[start:stop], whole.labels[start:stop])
+def _open_folder(data_dir: str, info: DatasetInfo, split: str, start: int, stop: int) -> Encoded:
+  return folders.open_split(data_dir, info.class_names, split, start, stop)
 
 
 # ---- the table
@@ -457,7 +244,18 @@ def _fixed(name: str, sizes: dict[str, int], classes) -> Callable[[str], Dataset
 
 
 def _from_tfds(name: str, sizes: dict[str, int], classes) -> Callable[[str], DatasetInfo]:
-  return lambda data_dir: DatasetInfo(name, _tfds_sizes(name, data_dir, sizes), tuple(classes()))
+  """Sizes as prepared where the set is, else as published."""
+
+  def describe(data_dir: str) -> DatasetInfo:
+    prepared = array_records.find_prepared(name, data_dir)
+    found = array_records.split_sizes(prepared) if prepared else sizes
+    return DatasetInfo(name, found, tuple(classes()))
+
+  return describe
+
+
+def _describe_folder(data_dir: str) -> DatasetInfo:
+  return DatasetInfo('image_folder', *folders.describe(data_dir))
 
 
 def _imagenet_classes() -> list[str]:
@@ -477,14 +275,10 @@ _CIFAR_SIZES = {'train': 50_000, 'test': 10_000}
 _IMAGENET_SIZES = {'train': 1_281_167, 'validation': 50_000}
 _TABLE = {
   'digits': _Entry(_fixed('digits', {'train': 1438, 'test': 359}, '0123456789'), _open_digits),
-  'cifar10': _Entry(
-    _from_tfds('cifar10', _CIFAR_SIZES, CIFAR10_CLASSES.split), _open_tfds_in_memory
-  ),
-  'cifar100': _Entry(
-    _from_tfds('cifar100', _CIFAR_SIZES, CIFAR100_CLASSES.split), _open_tfds_in_memory
-  ),
+  'cifar10': _Entry(_from_tfds('cifar10', _CIFAR_SIZES, CIFAR10_CLASSES.split), _open_in_memory),
+  'cifar100': _Entry(_from_tfds('cifar100', _CIFAR_SIZES, CIFAR100_CLASSES.split), _open_in_memory),
   'imagenet2012': _Entry(
-    _from_tfds('imagenet2012', _IMAGENET_SIZES, _imagenet_classes), _open_tfds
+    _from_tfds('imagenet2012', _IMAGENET_SIZES, _imagenet_classes), _open_array_records
   ),
   'image_folder': _Entry(_describe_folder, _open_folder),
   'fake_cifar': _Entry(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from afi_flax.data import prepare, sources
+from afi_flax.data import array_records, prepare, sources
 from afi_flax.errors import UserError
 
 
@@ -19,10 +19,10 @@ def test_what_needs_no_preparing():
 
 
 def test_cifar_from_an_archive_and_then_again(tiny_cifar100):
-  """The fixture prepared it; its pictures are compared in test_sources."""
+  """The fixture prepared it; its pictures are compared in test_array_records."""
   data_dir, _ = tiny_cifar100
-  prepared = sources.find_prepared('cifar100', str(data_dir))
-  assert sources.file_format(prepared) == 'array_record'
+  prepared = array_records.find_prepared('cifar100', str(data_dir))
+  assert array_records.file_format(prepared) == 'array_record'
   message = prepare.prepare('cifar100', str(data_dir))
   assert message == f'cifar100 is already prepared in {prepared}'
 
@@ -46,7 +46,7 @@ def test_a_damaged_archive_is_named(tmp_path):
   (tmp_path / 'cifar-10-binary.tar.gz').write_bytes(b'cut short')
   with pytest.raises(UserError, match=r'cifar-10-binary.tar.gz is damaged or cut short .* fetch'):
     prepare.prepare('cifar10', str(tmp_path / 'out'), str(tmp_path))
-  assert sources.find_prepared('cifar10', str(tmp_path / 'out')) is None
+  assert array_records.find_prepared('cifar10', str(tmp_path / 'out')) is None
 
 
 def test_an_archive_that_is_not_there(tmp_path):

@@ -1,13 +1,8 @@
 import contextlib
-import json
-import os
-import pickle
-import shutil
 import subprocess
 import sys
 import time
 
-import cv2
 import numpy as np
 import pytest
 
@@ -139,10 +134,10 @@ def test_fake_pictures_are_deterministic_and_differ():
   assert decode.picture_size(validation.read(3)[0])[1] in (224, 256, 288)
 
 
-# ---- TFDS
+# ---- from files
 
 
-def test_tfds_pictures_and_labels_are_those_of_the_archive(tiny_cifar100):
+def test_small_prepared_sets_are_decoded_and_counted(tiny_cifar100):
   data_dir, pixels = tiny_cifar100
   split = sources.open_split('cifar100', str(data_dir), 'train')
   assert sorted(split.labels) == list(range(60))
@@ -150,26 +145,6 @@ def test_tfds_pictures_and_labels_are_those_of_the_archive(tiny_cifar100):
   part = sources.open_split('cifar100', str(data_dir), 'train[50%:]')
   np.testing.assert_array_equal(part.images, split.images[30:])
   assert sources.describe('cifar100', str(data_dir)).num_examples == {'train': 60, 'test': 20}
-
-
-def test_encoded_tfds_pictures_can_be_pickled_and_name_themselves(tiny_cifar100):
-  data_dir, pixels = tiny_cifar100
-  prepared = sources.find_prepared('cifar100', str(data_dir))
-  source = sources._TfdsPictures(prepared, 'train', 10, 20, 100)
-  data, label = source.read(3)
-  copy = pickle.loads(pickle.dumps(source))
-  assert copy.read(3) == (data, label)
-  assert len(copy) == 10
-  assert copy.name(3) == 'cifar100 train example 13'
-  image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-  np.testing.assert_array_equal(image, pixels[label])
-
-
-def test_a_label_out_of_range_is_named(tiny_cifar100):
-  prepared = sources.find_prepared('cifar100', str(tiny_cifar100[0]))
-  source = sources._TfdsPictures(prepared, 'train', 0, 60, 10)
-  with pytest.raises(UserError, match=r'cifar100 train example \d+ has label \d+; labels of 10'):
-    source.read_many(range(60))
 
 
 def test_a_set_that_is_not_prepared_fails_at_once_with_the_command(tmp_path):
@@ -184,36 +159,19 @@ def test_a_set_that_is_not_prepared_fails_at_once_with_the_command(tmp_path):
   assert time.perf_counter() - begin < 10
 
 
-def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  with pytest.raises(UserError, match=f'cifar10 is not prepared under {tmp_path};'):
-    sources.open_split('cifar10', '', 'train')
-
-
-def test_tfrecord_files_and_missing_files_are_named(tiny_cifar100, tmp_path):
-  shutil.copytree(tiny_cifar100[0] / 'cifar100', tmp_path / 'cifar100')
-  prepared = tmp_path / 'cifar100/3.0.2'
-  (prepared / 'cifar100-test.array_record-00000-of-00001').unlink()
-  assert len(sources.open_split('cifar100', str(tmp_path), 'train')) == 60
-  with pytest.raises(UserError, match='has 0 of 1 files of its test split; delete it and run'):
-    sources.open_split('cifar100', str(tmp_path), 'test')
-  info = json.loads((prepared / 'dataset_info.json').read_text())
-  (prepared / 'dataset_info.json').write_text(json.dumps(info | {'fileFormat': 'tfrecord'}))
-  with pytest.raises(UserError) as e:
-    sources.open_split('cifar100', str(tmp_path), 'train')
-  assert str(e.value) == (
-    f'{prepared} holds tfrecord files and array_record is needed; prepare it again beside them: '
-    f'`python -m afi_flax.prepare --dataset cifar100 --data_dir {tmp_path}_array_record`'
-  )
-
-
-def test_the_newest_prepared_version_is_taken(tmp_path):
-  for version in ('5.0.0', '5.10.0', '5.9.0'):
-    folder = tmp_path / 'imagenet2012' / version
-    folder.mkdir(parents=True)
-    (folder / 'dataset_info.json').write_text('{}')
-  (tmp_path / 'imagenet2012/6.0.0').mkdir()  # left by a preparation that was killed
-  assert sources.find_prepared('imagenet2012', str(tmp_path)).name == '5.10.0'
+def test_image_folder(picture_folder):
+  info = sources.describe('image_folder', str(picture_folder))
+  assert info == sources.DatasetInfo('image_folder', {'train': 21, 'val': 6}, ('ant', 'bee', 'cat'))
+  train = sources.open_split('image_folder', str(picture_folder), 'train')
+  kept = sources.open_split('image_folder', str(picture_folder), 'train[:80%]')
+  held_out = sources.open_split('image_folder', str(picture_folder), 'train[80%:]')
+  assert (len(train), len(kept), len(held_out)) == (21, 17, 4)
+  names = [part.name(i) for part in (kept, held_out) for i in range(len(part))]
+  assert names == [train.name(i) for i in range(21)]
+  assert held_out.read(3) == train.read(20)
+  assert info.class_names[train.read(20)[1]] in train.name(20)
+  with pytest.raises(UserError, match=r"unknown split of image_folder 'test'.* Known: train, val"):
+    sources.open_split('image_folder', str(picture_folder), 'test')
 
 
 def test_unknown_data_sets_are_answered_with_the_list():
@@ -224,86 +182,6 @@ def test_unknown_data_sets_are_answered_with_the_list():
       "unknown data set 'cifar1000'; did you mean 'cifar100'? Known: cifar10, cifar100, digits, "
       'fake_cifar, fake_imagenet, image_folder, imagenet2012.'
     )
-
-
-# ---- folders
-
-
-def test_image_folder(picture_folder):
-  info = sources.describe('image_folder', str(picture_folder))
-  assert info.num_examples == {'train': 21, 'val': 6}
-  assert info.class_names == ('ant', 'bee', 'cat')
-  train = sources.open_split('image_folder', str(picture_folder), 'train')
-  names = [train.name(i) for i in range(21)]
-  assert sorted(names) == sorted(map(str, picture_folder.glob('train/*/*.jpg')))
-  for i, name in enumerate(names):
-    data, label = train.read(i)
-    assert info.class_names[label] in name
-    with open(name, 'rb') as file:
-      assert file.read() == data
-
-
-def test_a_part_of_a_folder_has_all_classes_and_new_files_move_no_others(picture_folder):
-  root = str(picture_folder / 'train')  # a folder of class folders has one split
-  assert sources.describe('image_folder', root).num_examples == {'train': 21}
-  kept = sources.open_split('image_folder', root, 'train[:80%]')
-  held_out = sources.open_split('image_folder', root, 'train[80%:]')
-  names = [[s.name(i) for i in range(len(s))] for s in (kept, held_out)]
-  assert (len(names[0]), len(names[1])) == (17, 4)
-  assert not set(names[0]) & set(names[1])
-  assert {kept.read(i)[1] for i in range(17)} == {0, 1, 2}
-  assert len({held_out.read(i)[1] for i in range(4)}) > 1
-  order = names[0] + names[1]
-  shutil.copy(order[0], picture_folder / 'train/bee/new.jpg')
-  sources._list_folder.cache_clear()
-  more = sources.open_split('image_folder', root, 'train')
-  renewed = [more.name(i) for i in range(22)]
-  assert [name for name in renewed if 'new' not in name] == order
-
-
-def test_what_is_a_picture_and_what_a_class(picture_folder):
-  train = picture_folder / 'train'
-  (train / '.hidden').mkdir()
-  (train / 'ant/notes.txt').write_text('no picture')
-  (train / 'ant/deeper').mkdir()
-  shutil.copy(train / 'ant/0.jpg', train / 'ant/deeper/ü x\n.JPEG')
-  os.symlink(train, train / 'ant/loop')
-  split = sources.open_split('image_folder', str(picture_folder), 'train')
-  assert len(split) == 22
-  [odd] = [i for i in range(22) if 'deeper' in split.name(i)]
-  assert split.read(odd)[1] == 0
-
-
-def test_a_class_may_be_called_train(picture_folder):
-  os.rename(picture_folder / 'train/cat', picture_folder / 'train/test')
-  info = sources.describe('image_folder', str(picture_folder / 'train'))
-  assert info.class_names == ('ant', 'bee', 'test')
-
-
-def test_folder_mistakes(picture_folder, tmp_path):
-  def message(folder) -> str:
-    sources._list_folder.cache_clear()
-    with pytest.raises(UserError) as e:
-      sources.describe('image_folder', str(folder))
-    assert '\n' not in str(e.value)
-    return str(e.value)
-
-  assert "image_folder: '' is not a folder; set data_dir" in message('')
-  assert 'is not a folder' in message(tmp_path / 'nowhere')
-  (tmp_path / 'empty').mkdir()
-  assert 'empty has no class folders' in message(tmp_path / 'empty')
-  (tmp_path / 'one/cat').mkdir(parents=True)
-  assert 'has 1 class folders (cat); a classifier needs at least 2' in message(tmp_path / 'one')
-  (tmp_path / 'one/dog').mkdir()
-  assert 'has no pictures in its class folders (cat, dog)' in message(tmp_path / 'one')
-  (picture_folder / 'train/dog').mkdir()
-  assert 'has no pictures of dog; add some or remove it' in message(picture_folder)
-  (picture_folder / 'train/dog').rmdir()
-  (picture_folder / 'val/dog').mkdir()
-  assert 'val has classes that train has not: dog; remove them' in message(picture_folder)
-  (picture_folder / 'val/dog').rmdir()
-  with pytest.raises(UserError, match=r"unknown split of image_folder 'test'.* Known: train, val"):
-    sources.open_split('image_folder', str(picture_folder), 'test')
 
 
 # ---- what is not imported, and the real data

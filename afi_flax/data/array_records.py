@@ -1,0 +1,153 @@
+"""Data sets that TFDS has prepared as array_record files, read without TensorFlow."""
+
+import concurrent.futures
+import functools
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from afi_flax.errors import UserError
+
+_CHUNK = 500  # pictures that a thread decodes at a time
+
+
+def root(data_dir: str) -> pathlib.Path:
+  """The folder of prepared TFDS sets: data_dir, or TFDS's own default where that is ''."""
+  default = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  return pathlib.Path(data_dir or default).expanduser()
+
+
+def find_prepared(dataset: str, data_dir: str) -> pathlib.Path | None:
+  """The newest version's folder of a prepared set, or None; looks at local files only."""
+  found = [path.parent for path in (root(data_dir) / dataset).glob('*/dataset_info.json')]
+  return max(found, key=lambda path: [int(x) for x in re.findall(r'\d+', path.name)], default=None)
+
+
+def file_format(prepared: pathlib.Path) -> str:
+  """'array_record', 'tfrecord', ...: the format of a prepared set's files."""
+  return _read_info(prepared).get('fileFormat', 'tfrecord')
+
+
+def split_sizes(prepared: pathlib.Path) -> dict[str, int]:
+  """Examples by split."""
+  return {name: sum(shards) for name, shards in _shard_lengths(prepared).items()}
+
+
+class Pictures:
+  """Encoded pictures and labels of a part of a split; its files are opened when first read."""
+
+  def __init__(self, prepared: pathlib.Path, split: str, start: int, stop: int, num_classes: int):
+    """Examples `start` to `stop` of a split, whose labels must be less than `num_classes`."""
+    self._prepared = prepared
+    self._split = split
+    self._start = start
+    self._stop = stop
+    self._num_classes = num_classes
+
+  def __len__(self) -> int:
+    return self._stop - self._start
+
+  def __getstate__(self):  # workers open the files themselves
+    return {key: value for key, value in self.__dict__.items() if key != '_records'}
+
+  @functools.cached_property
+  def _records(self):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(self._prepared)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split=self._split, deserialize_method=raw)
+
+  def read(self, i: int) -> tuple[bytes, int]:
+    """Bytes of picture i and its label.
+
+    Raises:
+      UserError: the label is out of range.
+    """
+    return self._parse(i, self._records[self._start + i])
+
+  def read_many(self, chunk: range) -> list[tuple[bytes, int]]:
+    """As `read` for each of a range, at less than half the time."""
+    records = self._records.__getitems__([self._start + i for i in chunk])
+    return [self._parse(i, record) for i, record in zip(chunk, records, strict=True)]
+
+  def name(self, i: int) -> str:
+    """What to call picture i in a message."""
+    return f'{self._prepared.parent.name} {self._split} example {self._start + i}'
+
+  def decode(self) -> tuple[np.ndarray, np.ndarray]:
+    """All pictures, which must be lossless and of one size: images u8 [N,H,W,3], labels i32 [N].
+
+    Raises:
+      UserError: a picture cannot be decoded, or a label is out of range.
+    """
+    import cv2  # here, as its first import must not be in several threads at once
+
+    def decode(chunk: range) -> tuple[np.ndarray, list[int]]:
+      records = self.read_many(chunk)
+      images = [
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data, _ in records
+      ]
+      if any(image is None for image in images):
+        raise UserError(f'{self.name(chunk[0])} or one soon after cannot be decoded; prepare again')
+      return np.stack(images)[..., ::-1], [label for _, label in records]  # OpenCV's order is BGR
+
+    chunks = [range(at, min(at + _CHUNK, len(self))) for at in range(0, len(self), _CHUNK)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      images, labels = zip(*pool.map(decode, chunks), strict=True)
+    return np.concatenate(images), np.concatenate(labels).astype(np.int32)
+
+  def _parse(self, i: int, record: bytes) -> tuple[bytes, int]:
+    """Picture and label of a record, in a tenth of the time that TFDS's feature decoding takes."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+    label = feature['label'].int64_list.value[0]
+    if not 0 <= label < self._num_classes:
+      raise UserError(
+        f'{self.name(i)} has label {label}; labels of {self._num_classes} classes go from 0 to '
+        f'{self._num_classes - 1}'
+      )
+    return feature['image'].bytes_list.value[0], label
+
+
+def open_split(
+  dataset: str, data_dir: str, split: str, start: int, stop: int, num_classes: int
+) -> Pictures:
+  """Opens examples `start` to `stop` of a prepared set's split.
+
+  Raises:
+    UserError: the set is not prepared, or in another format, or files of the split are missing.
+  """
+  # All checked here, because TFDS would try the network ten times first.
+  folder = root(data_dir)
+  command = f'python -m afi_flax.prepare --dataset {dataset} --data_dir'
+  prepared = find_prepared(dataset, data_dir)
+  if prepared is None:
+    raise UserError(f'{dataset} is not prepared under {folder}; run `{command} {folder}`')
+  if file_format(prepared) != 'array_record':
+    raise UserError(
+      f'{prepared} holds {file_format(prepared)} files and array_record is needed; prepare it '
+      f'again beside them: `{command} {folder}_array_record`'
+    )
+  wanted = len(_shard_lengths(prepared)[split])
+  found = len(list(prepared.glob(f'{dataset}-{split}.array_record-*')))
+  if found != wanted:
+    raise UserError(
+      f'{prepared} has {found} of {wanted} files of its {split} split; '
+      f'delete it and run `{command} {folder}`'
+    )
+  return Pictures(prepared, split, start, stop, num_classes)
+
+
+def _read_info(prepared: pathlib.Path) -> dict:
+  return json.loads((prepared / 'dataset_info.json').read_text())
+
+
+def _shard_lengths(prepared: pathlib.Path) -> dict[str, list[int]]:
+  """Examples in each file, by split."""
+  splits = _read_info(prepared)['splits']
+  return {split['name']: list(map(int, split['shardLengths'])) for split in splits}

@@ -1,0 +1,54 @@
+"""The README's Python runs, and its commands name flags, configs and make targets that exist."""
+
+import itertools
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+
+import afi_flax
+from afi_flax.models import create_model
+
+README = pathlib.Path('README.md').read_text()
+PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+SHELL = '\n'.join(re.findall(r'```sh\n(.*?)```', README, re.DOTALL)).replace('\\\n', ' ')
+
+
+class FakeRun:
+  """Stands for `runs/quickstart`, which a test must not train."""
+
+  model = create_model('resnet20', 10)
+  class_names = tuple('0123456789')
+
+  def __init__(self, workdir):
+    assert workdir == 'runs/quickstart'
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), 'float32')
+    init = jax.jit(lambda key: self.model.init(key, jax.numpy.zeros(images.shape), train=False))
+    self.variables = init(jax.random.key(0))
+
+  def preprocessing(self, images):
+    return images / 255.0
+
+
+@pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
+def test_python(code, monkeypatch, capsys):
+  monkeypatch.setattr(afi_flax, 'load_run', FakeRun, raising=False)
+  exec(compile(code, 'README.md', 'exec'), {'__name__': '__main__'})
+  assert 'Error' not in capsys.readouterr().out
+
+
+def test_configs_and_targets_exist():
+  assert len(PYTHON) == 3
+  commands = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
+  assert len(commands) > 6
+  makefile = pathlib.Path('Makefile').read_text()
+  for command in commands:
+    if command[0] == 'make':
+      assert f'\n{command[1]}:' in makefile
+    for given, value in itertools.pairwise(command):
+      if given == '--config':
+        assert pathlib.Path(value.partition(':')[0]).exists(), value
+  for link in re.findall(r'\]\(([\w/.]+)\)', README):
+    assert pathlib.Path(link).exists(), link
