@@ -25,6 +25,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder; the same command resumes it.")
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train also evaluates as it goes.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', 'For eval: last, best or a step.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Of several processes: HOST:PORT of the first.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
+_PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
 
 
 def main(_) -> None:
@@ -34,9 +39,12 @@ def main(_) -> None:
   checkpoint.quiet_orbax()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
+  if _COORDINATOR.value:
+    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if _MODE.value == 'eval':
     record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)
-    print(f'step {record["step"]}  {report.describe_evaluation(record)}')
+    if jax.process_index() == 0:
+      print(f'step {record["step"]}  {report.describe_evaluation(record)}')
   elif _CONFIG.value is None:
     raise UserError('no --config; give one, such as --config configs/digits_afi_resnet20.py')
   else:

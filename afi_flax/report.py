@@ -7,6 +7,7 @@ goes to stdout.
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -236,20 +237,18 @@ class Reporter:
     if self._undrawn:
       self._draw_curves()
 
-  def summary(self, split: str, hint: str = '') -> None:
+  def summary(self, split: str) -> None:
     """Prints to stdout what was reached, where the curves are and what to run next.
 
     Args:
       split: the evaluated split that is reported, on which the best checkpoint was picked.
-      hint: what else can be done now; put in brackets behind the command for the evaluation.
     """
     if not self._enabled:
       return
     folder = shlex.quote(_shown(self._workdir.folder))
-    command = f'python -m afi_flax.main --mode=eval --workdir {folder}'
     print(self._reached(split))
     print(f'Curves: {_shown(self._workdir.curves_path)}')
-    print(f'Next: {command}{f"  ({hint})" if hint else ""}', flush=True)
+    print(f'Next: {_python()} -m afi_flax.main --mode=eval --workdir {folder}', flush=True)
 
   def _reached(self, split: str) -> str:
     start = ''
@@ -309,6 +308,13 @@ def _columns() -> int:
     return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
   except OSError:
     return 79
+
+
+def _python() -> str:
+  """What to type for this interpreter: its path where `python` is another one."""
+  found = shutil.which('python')
+  same = found and os.path.abspath(found) == os.path.abspath(sys.executable)
+  return 'python' if same else shlex.quote(_shown(sys.executable))
 
 
 def _shown(path: str | os.PathLike) -> str:

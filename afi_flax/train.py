@@ -71,6 +71,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
       donate_argnums=0,
       out_shardings=sharding.replicated(mesh),
     )
+    zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(mesh))
     batches = pipeline.prefetch(
       _host_batches(plan, source, int(state.data_step)),
       lambda batch: sharding.put_batch(batch, mesh),
@@ -96,8 +97,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
           record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
           record['images_per_second'] = plan.batch_size * clock.steps_per_second()
           reporter.train(record, float(learning_rate(step - 1)))
-          zeros = jax.device_put(metrics.zeros(), sharding.replicated(mesh))
-          state = state.replace(metric_sums=zeros)
+          state = state.replace(metric_sums=zeros())
         if save and step > 0:
           checkpoints.save(step, state)
         if evaluate:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -270,6 +271,28 @@ def test_stopped_by_sigterm_and_resumed(tmp_path):
   main(*digits(workdir, *flags))
   assert stops >= 2
   assert_equal_runs(tmp_path / 'whole', workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(four_steps, tmp_path):
+  """Each has half of every batch: the same losses, every example evaluated once, one checkpoint."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  workdir = tmp_path / 'run'
+  flags = digits(workdir, '--config.run.max_steps=4', '--config.run.log_every_steps=1')
+  processes = [
+    start(*flags, '--coordinator', address, '--processes=2', f'--process={i}') for i in (0, 1)
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+  one, two = lines(four_steps[0]), lines(workdir)
+  assert [(r['step'], r['split'], r['examples']) for r in two] == [
+    (r['step'], r['split'], r['examples']) for r in one
+  ]
+  np.testing.assert_allclose([r['loss'] for r in two], [r['loss'] for r in one], rtol=1e-3)
+  assert evaluate.evaluate_run(workdir)['examples'] == 359
 
 
 @pytest.mark.slow

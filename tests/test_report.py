@@ -340,14 +340,14 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(make, clock, monkeypatch):
 
 
 class TestSummary:
-  def summary(self, make, folder, capsys, top1, hint='', **changes):
+  def summary(self, make, folder, capsys, top1, **changes):
     reporter = make(folder, **changes)
     for epoch, value in enumerate(top1, start=1):
       reporter.evaluation(record(390 * epoch, 'test', top1=value, examples=10000))
     reporter.evaluation(record(7800, 'other', top1=0.99))
     reporter.close()
     capsys.readouterr()
-    reporter.summary('test', hint)
+    reporter.summary('test')
     out, err = capsys.readouterr()
     assert err == ''
     return out.splitlines()
@@ -358,19 +358,23 @@ class TestSummary:
       'test top-1 70.00% (10,000 examples), best 71.23% at epoch 2 (picked on the test split, so '
       'optimistic)',
       f'Curves: {folder}/curves.png',
-      f"Next: python -m afi_flax.main --mode=eval --workdir '{folder}'",
+      f"Next: {report._python()} -m afi_flax.main --mode=eval --workdir '{folder}'",
     ]
 
   def test_the_last_is_the_best(self, make, tmp_path, capsys):
     first = self.summary(make, tmp_path, capsys, [0.5, 0.7])[0]
     assert first == 'test top-1 70.00% (10,000 examples) at epoch 2, its best'
 
-  def test_paths_are_short_and_the_hint_is_shown(self, make, tmp_path, capsys, monkeypatch):
+  @pytest.mark.parametrize('python', ['python', '.venv/bin/python'])
+  def test_paths_are_as_one_would_type_them(self, make, tmp_path, capsys, monkeypatch, python):
     monkeypatch.chdir(tmp_path)
-    lines = self.summary(make, tmp_path / 'run', capsys, [0.5], hint='or make test')
+    monkeypatch.setattr(report.sys, 'executable', str(tmp_path / '.venv/bin/python'))
+    found = tmp_path / '.venv/bin/python' if python == 'python' else '/elsewhere/python'
+    monkeypatch.setattr(report.shutil, 'which', {'python': str(found)}.get)
+    lines = self.summary(make, tmp_path / 'run', capsys, [0.5])
     assert lines[1:] == [
       'Curves: run/curves.png',
-      'Next: python -m afi_flax.main --mode=eval --workdir run  (or make test)',
+      f'Next: {python} -m afi_flax.main --mode=eval --workdir run',
     ]
 
   def test_a_run_that_max_steps_ended(self, make, tmp_path, capsys):
