@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from afi_flax.models import fusion
 from afi_flax.models.fusion import AFI, Fusion
@@ -126,3 +127,11 @@ def test_plain_stage_carries_nothing():
   seen = {}
   fusion.run_stage(make_probe(seen), 3, jnp.zeros([1, 8, 8, 16]), 8, None, train=False)
   assert all(given == (None, []) for given in seen.values())
+
+
+def test_works_in_an_nnx_network():
+  module, variables, maps = make(3, 8, 4)
+  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)), maps)
+  bridged.reduce['kernel'][...] = variables['params']['reduce']['kernel']
+  bridged.expand['kernel'][...] = variables['params']['expand']['kernel']
+  np.testing.assert_allclose(bridged(maps), module.apply(variables, maps), rtol=1e-6)
