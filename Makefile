@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
-	@echo 'make test        the fast tests (three minutes on two cores)'
+	@echo 'make test        the fast tests: two to three minutes on two free cores'
 	@echo 'make test-all    all tests'
 	@echo 'make lint        ruff'
 
@@ -30,6 +30,7 @@ $(BIN)/python:
 
 $(VENV)/installed: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed

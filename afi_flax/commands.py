@@ -1,6 +1,7 @@
 """How every command starts and ends: flags, one-line errors, exit status."""
 
 import glob
+import itertools
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from absl import app, flags
 from afi_flax.errors import StoppedError, UserError, unknown
 
 MISTAKE = 2  # exit status of what the user can mend
+INTERRUPTED = 130  # by a second Ctrl-C
 STOPPED = 75  # of a run that a signal ended with its state saved: EX_TEMPFAIL, try again
 
 
@@ -21,6 +23,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(MISTAKE)
+  except KeyboardInterrupt:
+    print('interrupted: what was not saved is lost', file=sys.stderr)
+    sys.exit(INTERRUPTED)
   except StoppedError as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(STOPPED)
@@ -28,14 +33,21 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags, those of the config file included, whose libraries raise many things."""
+  if _asks_for_help(argv):
+    app.usage(shorthelp='--helpfull' not in argv, writeto_stdout=True, exitcode=0)
+  _make_importable(argv)
   try:
-    rest = app.parse_flags_with_usage(argv) if _asks_for_help(argv) else flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
     if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
       flags.FLAGS['config'].value.to_dict()  # raises here if the file could not be read
   except flags.Error as error:
     raise UserError(f'{error}; see --help') from error
   except (AttributeError, KeyError) as error:  # of ml_collections: the config has no such key
     raise _unknown_key(argv, error) or error from error
+  except TypeError as error:  # of ml_collections: a value was given as a group of keys, say
+    if not any('--config.' in arg for arg in argv):
+      raise
+    raise UserError(f'a --config.KEY=VALUE does not go with the config: {error}') from error
   except OSError as error:
     raise _no_config(argv) or error from error
   if len(rest) > 1:
@@ -60,11 +72,25 @@ def _unknown_key(argv: list[str], error: Exception) -> UserError | None:
   return None
 
 
-def _no_config(argv: list[str]) -> UserError | None:
-  for given, value in zip(argv, [*argv[1:], ''], strict=True):
+def _config_file(argv: list[str]) -> str | None:
+  """What --config names, without the variant."""
+  for given, value in itertools.pairwise([*argv, '']):
     if given.lstrip('-').split('=')[0] == 'config':
-      path = (given.partition('=')[2] or value).partition(':')[0]
-      if not os.path.exists(path):
-        beside = glob.glob(os.path.join(os.path.dirname(path) or '.', '*.py'))
-        return unknown('config file', path, beside)
+      return (given.partition('=')[2] or value).partition(':')[0]
   return None
+
+
+def _make_importable(argv: list[str]) -> None:
+  """Lets a config import `configs.common` from beside it, wherever the command is run."""
+  if path := _config_file(argv):
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(path))))
+
+
+def _no_config(argv: list[str]) -> UserError | None:
+  path = _config_file(argv)
+  if path is None or os.path.isfile(path):
+    return None
+  beside = glob.glob(os.path.join(os.path.dirname(path) or '.', '*.py'))
+  if not beside:
+    return UserError(f'no config file {path!r}; they are in configs/ of the repository')
+  return unknown('config file', path, beside)

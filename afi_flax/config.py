@@ -98,7 +98,7 @@ class Plan:
   data: Data
   dataset: Dataset
   batch_size: int  # global
-  eval_batch_size: int  # global, a multiple of the devices
+  eval_batch_size: int  # global, before it is padded to a multiple of the devices
   steps_per_epoch: float
   optim: Optim
   run: Run
@@ -107,7 +107,7 @@ class Plan:
 def resolve(
   config: ml_collections.ConfigDict, device_count: int = 1, dataset: Dataset | None = None
 ) -> Plan:
-  """Derives every dependent number and raises every error that a config can contain.
+  """Derives every dependent number, and explains every wrong one.
 
   Args:
     config: as a file in `configs/` returns it, or as a run's `config.json` stores it.
@@ -117,6 +117,14 @@ def resolve(
   Raises:
     UserError: one line with the key, its value, the limit and the cure.
   """
+  try:
+    return _resolve(config, device_count, dataset)
+  except (AttributeError, KeyError) as error:  # of ml_collections
+    missing = str(error).replace('\\n', ' ').strip('\'"')
+    raise UserError(f'the config lacks a key: {missing}; compare configs/common.py') from error
+
+
+def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Dataset | None) -> Plan:
   dataset = dataset or _measure(config.data)
   batch = config.batch_size
   _check_batch(batch, device_count, dataset.num_train)
@@ -133,7 +141,7 @@ def resolve(
     data=_data(config.data),
     dataset=dataset,
     batch_size=batch,
-    eval_batch_size=math.ceil(config.eval_batch_size / device_count) * device_count,
+    eval_batch_size=config.eval_batch_size,
     steps_per_epoch=steps_per_epoch,
     optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
     run=_run(config.run, steps_per_epoch, total_steps),
@@ -142,11 +150,16 @@ def resolve(
 
 def _measure(data: ml_collections.ConfigDict) -> Dataset:
   info = sources.describe(data.dataset, data.data_dir)
-  sizes = []
-  for spec in (data.train_split, data.eval_split):
-    _, start, stop = sources.split_range(spec, info)
-    sizes.append(stop - start)
-  return Dataset(info.name, info.class_names, *sizes)
+  train, first, last = sources.split_range(data.train_split, info)
+  held, start, stop = sources.split_range(data.eval_split, info)
+  if train == held and max(first, start) < min(last, stop):
+    raise UserError(
+      f'data.eval_split {data.eval_split!r} overlaps data.train_split {data.train_split!r} in '
+      f'{min(last, stop) - max(first, start)} examples; use parts such as train[:98%], train[98%:]'
+    )
+  if data.eval_split == 'train':
+    raise UserError("data.eval_split 'train' would be taken for training; name it train[:100%]")
+  return Dataset(info.name, info.class_names, last - first, stop - start)
 
 
 def _check_batch(batch: int, device_count: int, num_train: int) -> None:
@@ -156,7 +169,9 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
     options = f'{below} or {above}' if below else f'{above}'
     raise UserError(f'batch_size {batch} is not divisible by {device_count} devices; use {options}')
   if batch > num_train:
-    raise UserError(f'batch_size {batch} is more than the {num_train} training examples')
+    raise UserError(
+      f'batch_size {batch} is more than the {num_train} training examples; use at most as many'
+    )
 
 
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:

@@ -83,7 +83,7 @@ def _draw_panel(axes, name, epochs, values, drops, *, best, form) -> None:
     axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
     text = f'{split} {form.format(y[-1])}'
     if split != 'train' and np.isfinite(y).any():
-      k = best(y)
+      k = len(y) - 1 - best(y[::-1])  # the last of equals, which is the one that is kept
       axes.plot(x[k], y[k], 'o', markersize=7, color=colour, fillstyle='none', clip_on=False)
       if k == len(y) - 1:
         text += ' (best)'

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from afi_flax import metrics, report, run, sharding, steps
 from afi_flax.config import Plan
 from afi_flax.data import pipeline, sources
+from afi_flax.errors import UserError
+from afi_flax.workdir import Workdir
 
 
 class Evaluator:
@@ -31,10 +33,12 @@ class Evaluator:
     self._plan, self._mesh = plan, mesh
     self._source = sources.open_split(plan.data.dataset, plan.data.data_dir, self.split)
     self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
+    self._check_classes(sources.describe(plan.data.dataset, plan.data.data_dir).class_names)
     self._host_batches().close()  # a size that does not go with the pictures shows now
     self._step = jax.jit(
       steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
     )
+    self._compiled = None
 
   def __call__(
     self,
@@ -58,7 +62,11 @@ class Evaluator:
     batches = pipeline.prefetch(self._host_batches(), self._put)
     try:
       for done, batch in enumerate(batches, start=1):
-        parts.append(self._step(variables, batch))
+        if self._compiled is None:
+          before = time.perf_counter()
+          self._compiled = self._step.lower(variables, batch).compile()
+          start += time.perf_counter() - before
+        parts.append(self._compiled(variables, batch))
         if len(parts) > 2:  # not further ahead of the device than the bar should be
           parts[-3]['examples'].block_until_ready()
         on_progress(min(done * self._batch_size, total), total)
@@ -69,6 +77,16 @@ class Evaluator:
     record = metrics.means(parts)
     rate = record['examples'] / (time.perf_counter() - start)
     return {'split': self.split} | record | {'images_per_second': rate}
+
+  def _check_classes(self, found: tuple[str, ...]) -> None:
+    trained = self._plan.dataset.class_names
+    if found != trained:
+      differ = (i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b)
+      i = next(differ, min(len(trained), len(found)))
+      raise UserError(
+        f'class {i} was {[*trained, "absent"][i]!r} in training and is {[*found, "absent"][i]!r} '
+        'here; give data of the same classes'
+      )
 
   def _host_batches(self):
     data = self._plan.data
@@ -90,13 +108,25 @@ class Evaluator:
 def evaluate_run(
   workdir: str, checkpoint: str = 'last', config: ml_collections.ConfigDict | None = None
 ) -> dict:
-  """Evaluates a run's checkpoint; arguments as for `run.load_run`, the record as an Evaluator's."""
+  """Evaluates a run's checkpoint.
+
+  Args:
+    workdir: as for `run.load_run`.
+    checkpoint: as for `run.load_run`.
+    config: as for `run.load_run`.
+
+  Returns:
+    As an Evaluator, and `step`; with `picked_on` where the checkpoint is the best on this very
+    split, which makes its accuracy optimistic.
+  """
   mesh = sharding.make_mesh()
   loaded = run.load_run(workdir, checkpoint, config, mesh)
+  own_split = Workdir(workdir).read_config()['data']['eval_split']
   evaluator = Evaluator(loaded.plan, loaded.model, mesh)
   console = report.Console(jax.process_index() == 0)
   try:
     record = evaluator(loaded.variables, console.evaluating)
   finally:
     console.close()
-  return {'step': loaded.step} | record
+  picked = checkpoint == 'best' and evaluator.split == own_split
+  return {'step': loaded.step} | record | ({'picked_on': own_split} if picked else {})

@@ -10,6 +10,7 @@ a signal with the state saved, to be started again.
 """
 
 import os
+import re
 
 import jax
 from absl import flags, logging
@@ -39,7 +40,11 @@ def main(_) -> None:
   checkpoint.quiet_orbax()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
+  if (_PROCESSES.value > 1) != bool(_COORDINATOR.value):
+    raise UserError('several processes need both --processes and --coordinator HOST:PORT')
   if _COORDINATOR.value:
+    if not re.fullmatch(r'.+:\d+', _COORDINATOR.value):
+      raise UserError(f'--coordinator {_COORDINATOR.value!r} must be HOST:PORT')
     jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if _MODE.value == 'eval':
     record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)

@@ -39,6 +39,7 @@ def rate(per_second: float) -> str:
 
 def describe_evaluation(record: Record) -> str:
   """One evaluation in words: 'test  loss 1.2345  top-1 71.20%  top-5 92.01%  of 10,000'."""
+  picked = record.get('picked_on')
   return '  '.join(
     (
       record['split'],
@@ -46,6 +47,7 @@ def describe_evaluation(record: Record) -> str:
       f'top-1 {record["top1"]:6.2%}',
       f'top-5 {record["top5"]:6.2%}',
       f'of {record["examples"]:,}',
+      *((f'(picked on the {picked} split, so optimistic)',) if picked else ()),
     )
   )
 
@@ -161,7 +163,8 @@ class Reporter:
     self._undrawn = False
     self._closed = False
     if enabled:
-      self._events = event_file.EventFile(workdir.events_dir, purge_step=start_step + 1)
+      with workdir.writing():
+        self._events = event_file.EventFile(workdir.events_dir, purge_step=start_step + 1)
       self._draw_bar()
 
   def say(self, text: str) -> None:
@@ -257,7 +260,7 @@ class Reporter:
     records = [r for r in self._workdir.read_metrics() if r['split'] == split]
     if not records:
       return f'{start}{split} was not evaluated'
-    last, best = records[-1], max(records, key=lambda r: r['top1'])
+    last, best = records[-1], max(reversed(records), key=lambda r: r['top1'])
     text = f'{start}{split} top-1 {last["top1"]:.2%} ({last["examples"]:,} examples)'
     if best['top1'] <= last['top1']:
       return f'{text} at epoch {self._epoch(last):g}, its best'
@@ -273,12 +276,14 @@ class Reporter:
     self._workdir.append_metrics(record)
     skipped = ('step', 'split', 'examples')
     scalars = {f'{record["split"]}/{k}': v for k, v in record.items() if k not in skipped}
-    self._events.add(record['step'], scalars)
+    with self._workdir.writing():
+      self._events.add(record['step'], scalars)
 
   def _draw_curves(self) -> None:
     self._undrawn = False
     records = self._workdir.read_metrics()
-    curves.draw(records, self._workdir.curves_path, self._steps_per_epoch, self._title)
+    with self._workdir.writing():
+      curves.draw(records, self._workdir.curves_path, self._steps_per_epoch, self._title)
 
   def _draw_bar(self) -> None:
     self.console.show(self._step, self._stop_step, self._parts(self._step))

@@ -61,7 +61,7 @@ class Run:
 
 def load_run(
   workdir: str | pathlib.Path,
-  checkpoint: str = 'last',
+  checkpoint: str | int = 'last',
   config: ml_collections.ConfigDict | None = None,
   mesh: Mesh | None = None,
 ) -> Run:
@@ -93,7 +93,7 @@ def load_run(
   abstract = state_lib.abstract(
     model, optim.make(plan.optim), plan.data.image_size, sharding.replicated(mesh)
   )
-  state, step = restore(folder, abstract, checkpoint)
+  state, step = restore(folder, abstract, str(checkpoint))
   data = plan.data
   return Run(
     model=model,
@@ -118,7 +118,11 @@ def restore(
       stack.enter_context(contextlib.closing(Checkpoints(path, keep=1)))
       for path in (folder.checkpoints, folder.best)
     )
-    only_best = step in best.steps() and step not in checkpoints.steps()
+    last_steps, best_steps = checkpoints.steps(), best.steps()
+    if step is not None and step not in (*last_steps, *best_steps):
+      there = ', '.join(map(str, sorted({*last_steps, *best_steps}))) or 'none'
+      raise UserError(f'no checkpoint of step {step} in {folder.folder}; there are: {there}')
+    only_best = step in best_steps and step not in last_steps
     found = (best if checkpoint == 'best' or only_best else checkpoints).restore(abstract, step)
   if found is None:
     raise UserError(f'no checkpoint in {place}: the run ended before it saved one')

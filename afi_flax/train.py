@@ -13,6 +13,7 @@ import time
 
 import jax
 import ml_collections
+from absl import logging
 
 from afi_flax import config as config_lib
 from afi_flax import metrics, models, optim, report, run, sharding, steps
@@ -46,10 +47,6 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
   source = sources.open_split(plan.data.dataset, plan.data.data_dir, plan.data.train_split)
   _host_batches(plan, source, data_step=0).close()
   evaluator = Evaluator(plan, model, mesh)
-  if evaluator.split == 'train':
-    raise UserError(
-      "data.eval_split 'train' is what is trained on; hold a part out, such as train[98%:]"
-    )
 
   workdir = Workdir(folder)
   writer = jax.process_index() == 0
@@ -64,7 +61,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     checkpoints.set_aside(newer_than=start)
     best.set_aside(newer_than=start)
     workdir.cut_back(start)
-    best_top1 = _best_so_far(workdir, evaluator.split)
+    best_top1 = _best_so_far(workdir, evaluator.split, best.steps())
     learning_rate = optim.schedule(plan.optim)
     train_step = jax.jit(
       steps.make_train_step(model, optimizer, plan.data),
@@ -96,15 +93,18 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         if log and int(state.metric_sums['examples']):  # none right after a restart
           record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
           record['images_per_second'] = plan.batch_size * clock.steps_per_second()
+          if step % plan.run.log_every == 0 or step == plan.optim.total_steps:
+            state = state.replace(metric_sums=zeros())
+          else:  # max_steps came first; a run that goes on writes the whole line in its place
+            record['partial'] = True
           reporter.train(record, float(learning_rate(step - 1)))
-          state = state.replace(metric_sums=zeros())
         if save and step > 0:
           checkpoints.save(step, state)
         if evaluate:
           record = evaluator(state.variables, reporter.evaluating, lambda: _stopping(signals))
           stop = stop or record is None
           if record:
-            if record['top1'] > best_top1:
+            if record['top1'] >= best_top1:
               best_top1 = record['top1']
               best.save(step, state)
             reporter.evaluation({'step': step} | record)
@@ -112,10 +112,13 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         if stop or at_end:
           break
 
-        batch = next(batches)
         if step == start:
+          batch = next(batches)
           train_step = _compile(train_step, state, batch, reporter)
-        clock.resume()
+          clock.resume()
+        else:
+          clock.resume()
+          batch = next(batches)  # a wait for data is part of the speed
         state, loss = train_step(state, batch)
         step += 1
         clock.steps += 1
@@ -127,7 +130,8 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         trace.after(step - start, loss)
   if stop:
     raise StoppedError(
-      f'stopped by {signals.requested} at step {step}; the same command goes on with it'
+      f'stopped by {signals.requested or "a signal to another process"} at step {step}; '
+      'the same command goes on with it'
     )
   reporter.summary(evaluator.split)
 
@@ -205,7 +209,10 @@ def _compile(train_step, state, batch, reporter: report.Reporter):
 
 
 def _stopping(signals: StopSignals, step: int | None = None) -> bool:
-  """Whether to stop now. Several processes must agree: every few steps, as it costs a trip."""
+  """Whether to stop now.
+
+  Several processes must agree: every few steps, as it costs a trip, and not within an evaluation.
+  """
   if jax.process_count() == 1:
     return signals.requested is not None
   agreeing = step is not None and step % MAX_AHEAD == 0
@@ -223,9 +230,10 @@ def _check_finite(losses: collections.deque, step: int, ahead: int = 0) -> None:
       )
 
 
-def _best_so_far(workdir: Workdir, split: str) -> float:
-  """The best top-1 of the run's evaluations until now, as the first process has them on disk."""
-  seen = [r['top1'] for r in workdir.read_metrics() if r['split'] == split]
+def _best_so_far(workdir: Workdir, split: str, steps_there: list[int]) -> float:
+  """The top-1 of the best checkpoint that is there, as the first process knows it; else -1."""
+  records = workdir.read_metrics()
+  seen = [r['top1'] for r in records if r['split'] == split and r['step'] in steps_there]
   return sharding.first_process_says(max(seen, default=-1.0))
 
 
@@ -258,7 +266,7 @@ class _Trace:
 
   def __init__(self, folder, num_steps: int):
     self._folder, self._num_steps = folder, num_steps
-    self._active = False
+    self._active = self._done = False
 
   def after(self, steps: int, loss: jax.Array) -> None:
     if self._num_steps and steps in (10, 10 + self._num_steps):
@@ -266,9 +274,11 @@ class _Trace:
       self.close()
       if steps == 10:
         jax.profiler.start_trace(str(self._folder))
-        self._active = True
+        self._active = self._done = True
 
   def close(self) -> None:
     if self._active:
       jax.profiler.stop_trace()
       self._active = False
+    elif self._num_steps and not self._done:
+      logging.warning('no trace: run.profile_steps begins after the tenth step')

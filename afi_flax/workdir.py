@@ -40,7 +40,9 @@ class Workdir:
   """
 
   def __init__(self, folder: str | pathlib.Path):
-    self.folder = pathlib.Path(folder).absolute()
+    if '://' in str(folder):
+      raise UserError(f'workdir {str(folder)!r} is not on a file system; mount it first')
+    self.folder = pathlib.Path(folder).expanduser().absolute()
     self._writer = True
 
   @property
@@ -99,12 +101,12 @@ class Workdir:
       self._check(config, dataset)
       yield
       return
-    with self._writing():
+    with self.writing():
       self.folder.mkdir(parents=True, exist_ok=True)
       lock = self._take_lock()
     try:
       self._check(config, dataset)
-      with self._writing():
+      with self.writing():
         _write(self.config_path, json.dumps(config, indent=2) + '\n')
         _write(self.dataset_path, json.dumps(dataset, indent=2) + '\n')
       yield
@@ -130,7 +132,7 @@ class Workdir:
   def append_metrics(self, record: dict[str, Json]) -> None:
     """Adds one line, such as {'step': 100, 'split': 'train', 'loss': 1.2, ...}, and flushes it."""
     if self._writer:
-      with self._writing(), self.metrics_path.open('a') as file:
+      with self.writing(), self.metrics_path.open('a') as file:
         file.write(json.dumps(record) + '\n')
 
   def read_metrics(self) -> list[dict[str, Json]]:
@@ -156,7 +158,7 @@ class Workdir:
     """
     if self._writer and self.metrics_path.exists():
       kept = [r for r in self.read_metrics() if _precedes(r, step)]
-      with self._writing():
+      with self.writing():
         _write(self.metrics_path, ''.join(json.dumps(r) + '\n' for r in kept))
 
   def _take_lock(self) -> int:
@@ -205,7 +207,8 @@ class Workdir:
       ) from error
 
   @contextlib.contextmanager
-  def _writing(self) -> Iterator[None]:
+  def writing(self) -> Iterator[None]:
+    """Inside it, a failure to write is a UserError that names the folder."""
     try:
       yield
     except OSError as error:
@@ -245,6 +248,8 @@ class StopSignals:
     self._interrupts += number == signal.SIGINT
     if self._interrupts > 1:
       raise KeyboardInterrupt
+    # Not print: the signal may have come in the middle of one.
+    os.write(2, f'\n{self.requested}: saving after this step; Ctrl-C now loses it\n'.encode())
 
 
 def _write(path: pathlib.Path, text: str) -> None:
@@ -263,7 +268,8 @@ def _as_json(value: Json) -> Json:
 
 
 def _precedes(record: dict[str, Json], step: int) -> bool:
-  return record['step'] <= step if record['split'] == 'train' else record['step'] < step
+  whole = record['split'] == 'train' and not record.get('partial')
+  return record['step'] <= step if whole else record['step'] < step
 
 
 def _holder(text: bytes) -> str:

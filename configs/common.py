@@ -97,7 +97,7 @@ def imagenet(model: str) -> ml_collections.ConfigDict:
 def variant(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
   """Applies what stands behind the colon: `smoke`, and for AFI networks `b` and `stages=1+2`.
 
-  `smoke` runs the same network on a few fake pictures, to see within minutes that all is in place.
+  `smoke` takes four steps of the same network on fake pictures, to see that all is in place.
   """
   known = {'smoke': False}
   if config.model.name.startswith('afi_'):
@@ -119,8 +119,11 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
   else:
     config.data.dataset = 'fake_cifar'
     config.data.eval_split = 'test'
-  config.data.train_split = 'train'
+    config.data.image_size = 32
+  config.data.train_split = 'train[:64]'
+  config.data.eval_split += '[:32]'
   config.batch_size = 16
   config.eval_batch_size = 16
   config.epochs = 1.0
+  config.schedule.warmup_epochs = 0.0
   config.run.log_every_steps = 1

@@ -2,7 +2,7 @@ r"""AFI-ResNet-20 on the handwritten digits that scikit-learn carries: the quick
 
 Not a network of the paper: 1,797 real pictures, no download. Expect 99% top-1 on the held-out fifth
 after a minute on two CPU cores.
-Variants: `:b`, `:stages=1+2`, `:smoke`.
+Variants: `:b`, `:stages=1+2`, `:smoke` (four steps on fake pictures).
 
     python -m afi_flax.main --config configs/digits_afi_resnet20.py \
       --workdir runs/digits_afi_resnet20

@@ -2,7 +2,7 @@ r"""ResNet-152 on ImageNet: the plain network of Table 5.
 
 Expect 77.0% top-1, 93.3% top-5 (paper), 60,192,808 parameters.
 The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
-Variants: `:smoke` (a few fake pictures at 64 pixels).
+Variants: `:smoke` (four steps on fake pictures of 64 pixels).
 
     python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
     python -m afi_flax.main --config configs/imagenet_resnet152.py \

@@ -2,7 +2,7 @@ r"""ResNet-50 on ImageNet: the plain network of Table 5.
 
 Expect 75.3% top-1, 92.2% top-5 (paper), 25,557,032 parameters.
 The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
-Variants: `:smoke` (a few fake pictures at 64 pixels).
+Variants: `:smoke` (four steps on fake pictures of 64 pixels).
 
     python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
     python -m afi_flax.main --config configs/imagenet_resnet50.py \

@@ -9,6 +9,7 @@ import pytest
 from afi_flax import config as config_lib
 from afi_flax import models, optim, sharding, state
 from afi_flax.config import parse_variant, resolve
+from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
 from configs import common
 
@@ -103,6 +104,37 @@ def test_hold_out():
   assert (plan.dataset.num_train, plan.dataset.num_eval) == (49000, 1000)
 
 
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_smoke_variant_has_batches(name):
+  plan = resolve(load(name, 'smoke'))
+  assert plan.optim.total_steps == 4
+  data = plan.data
+  source = sources.open_split(data.dataset, data.data_dir, data.train_split)
+  train = pipeline.train_batches(
+    source,
+    seed=0,
+    data_step=0,
+    batch_size=plan.batch_size,
+    augment=data.augment,
+    image_size=data.image_size,
+  )
+  assert next(train)['image'].shape == (16, data.image_size, data.image_size, 3)
+  train.close()
+  source = sources.open_split(data.dataset, data.data_dir, data.eval_split)
+  held_out = pipeline.eval_batches(
+    source, batch_size=16, image_size=data.image_size, resize=data.eval_resize
+  )
+  assert sum(batch['mask'].sum() for batch in held_out) == 32
+
+
+def test_a_config_that_lacks_a_key():
+  config = load('cifar100_resnet32')
+  with config.unlocked():
+    del config.model.dtype
+  with pytest.raises(UserError, match='dtype'):
+    resolve(config)
+
+
 def test_keys_that_a_config_sets_are_those_of_base():
   def keys(tree):
     return {k: keys(v) if isinstance(v, dict) else type(v) for k, v in tree.items()}
@@ -126,6 +158,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('data.dataset', 'cifar101', "did you mean 'cifar10"),
     ('data.augment', 'flip', 'unknown data.augment'),
     ('data.eval_split', 'tset', 'tset'),
+    ('data.eval_split', 'train[:1%]', 'overlaps data.train_split .train. in 500 examples'),
     ('data.eval_resize', 16, 'data.eval_resize 16'),
     ('data.image_size', 0, 'data.image_size 0'),
     ('data.std', (0.1, 0.1, 0.0), 'data.std'),

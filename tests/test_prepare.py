@@ -18,3 +18,11 @@ def test_a_mistake_is_one_line_and_exits_2(tmp_path):
   assert result.stdout == ''
   assert result.stderr.startswith(f'error: {tmp_path} has no cifar-100-binary.tar.gz; fetch ')
   assert result.stderr.count('\n') == 1
+
+
+def test_a_wrong_archive_is_one_line_without_progress_bars_and_log_lines(tmp_path):
+  (tmp_path / 'cifar-100-binary.tar.gz').write_bytes(b'another file')
+  result = run('--dataset=cifar100', f'--data_dir={tmp_path}/out', f'--archives={tmp_path}')
+  assert (result.returncode, result.stdout) == (2, '')
+  assert result.stderr.startswith('error: cifar-100-binary.tar.gz is damaged or cut short')
+  assert result.stderr.count('\n') == 1

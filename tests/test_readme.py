@@ -33,10 +33,9 @@ class FakeRun:
 
 
 @pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
-def test_python(code, monkeypatch, capsys):
+def test_python(code, monkeypatch):
   monkeypatch.setattr(afi_flax, 'load_run', FakeRun, raising=False)
   exec(compile(code, 'README.md', 'exec'), {'__name__': '__main__'})
-  assert 'Error' not in capsys.readouterr().out
 
 
 def test_configs_and_targets_exist():

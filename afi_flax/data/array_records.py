@@ -1,11 +1,13 @@
 """Data sets that TFDS has prepared as array_record files, read without TensorFlow."""
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -34,6 +36,12 @@ def file_format(prepared: pathlib.Path) -> str:
 def split_sizes(prepared: pathlib.Path) -> dict[str, int]:
   """Examples by split."""
   return {name: sum(shards) for name, shards in _shard_lengths(prepared).items()}
+
+
+def prepare_command(dataset: str, folder: str | os.PathLike) -> str:
+  """The command that prepares a set under a folder; imagenet2012 cannot be downloaded."""
+  archives = ' --archives FOLDER' if dataset == 'imagenet2012' else ''
+  return f'`python -m afi_flax.prepare --dataset {dataset}{archives} --data_dir {folder}`'
 
 
 class Pictures:
@@ -65,13 +73,17 @@ class Pictures:
     """Bytes of picture i and its label.
 
     Raises:
+      OSError: the record is damaged.
       UserError: the label is out of range.
     """
-    return self._parse(i, self._records[self._start + i])
+    with _damage_as_os_error():
+      record = self._records[self._start + i]
+    return self._parse(i, record)
 
   def read_many(self, chunk: range) -> list[tuple[bytes, int]]:
     """As `read` for each of a range, at less than half the time."""
-    records = self._records.__getitems__([self._start + i for i in chunk])
+    with _damage_as_os_error():
+      records = self._records.__getitems__([self._start + i for i in chunk])
     return [self._parse(i, record) for i, record in zip(chunk, records, strict=True)]
 
   def name(self, i: int) -> str:
@@ -82,23 +94,32 @@ class Pictures:
     """All pictures, which must be lossless and of one size: images u8 [N,H,W,3], labels i32 [N].
 
     Raises:
-      UserError: a picture cannot be decoded, or a label is out of range.
+      UserError: a picture cannot be read or decoded, or a label is out of range.
     """
     import cv2  # here, as its first import must not be in several threads at once
 
     def decode(chunk: range) -> tuple[np.ndarray, list[int]]:
-      records = self.read_many(chunk)
+      try:
+        records = self.read_many(chunk)
+      except OSError as e:
+        raise self._damaged(chunk, str(e)) from e
       images = [
         cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data, _ in records
       ]
       if any(image is None for image in images):
-        raise UserError(f'{self.name(chunk[0])} or one soon after cannot be decoded; prepare again')
+        raise self._damaged(chunk, 'not a picture')
       return np.stack(images)[..., ::-1], [label for _, label in records]  # OpenCV's order is BGR
 
     chunks = [range(at, min(at + _CHUNK, len(self))) for at in range(0, len(self), _CHUNK)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
       images, labels = zip(*pool.map(decode, chunks), strict=True)
     return np.concatenate(images), np.concatenate(labels).astype(np.int32)
+
+  def _damaged(self, chunk: range, reason: str) -> UserError:
+    return UserError(
+      f'{self.name(chunk[0])} or one soon after cannot be read ({reason}); '
+      f'{_delete_and_prepare(self._prepared)}'
+    )
 
   def _parse(self, i: int, record: bytes) -> tuple[bytes, int]:
     """Picture and label of a record, in a tenth of the time that TFDS's feature decoding takes."""
@@ -120,34 +141,63 @@ def open_split(
   """Opens examples `start` to `stop` of a prepared set's split.
 
   Raises:
-    UserError: the set is not prepared, or in another format, or files of the split are missing.
+    UserError: the set is not prepared, or in another format, or files of the split are missing, or
+      its description is damaged.
   """
   # All checked here, because TFDS would try the network ten times first.
   folder = root(data_dir)
-  command = f'python -m afi_flax.prepare --dataset {dataset} --data_dir'
   prepared = find_prepared(dataset, data_dir)
   if prepared is None:
-    raise UserError(f'{dataset} is not prepared under {folder}; run `{command} {folder}`')
+    raise UserError(
+      f'{dataset} is not prepared under {folder}; run {prepare_command(dataset, folder)}'
+    )
   if file_format(prepared) != 'array_record':
     raise UserError(
       f'{prepared} holds {file_format(prepared)} files and array_record is needed; prepare it '
-      f'again beside them: `{command} {folder}_array_record`'
+      f'again beside them: {prepare_command(dataset, f"{folder}_array_record")}'
     )
   wanted = len(_shard_lengths(prepared)[split])
   found = len(list(prepared.glob(f'{dataset}-{split}.array_record-*')))
   if found != wanted:
     raise UserError(
       f'{prepared} has {found} of {wanted} files of its {split} split; '
-      f'delete it and run `{command} {folder}`'
+      f'{_delete_and_prepare(prepared)}'
     )
   return Pictures(prepared, split, start, stop, num_classes)
 
 
+@contextlib.contextmanager
+def _damage_as_os_error() -> Iterator[None]:
+  """array_record raises a RuntimeError, with a long text, where a file is damaged."""
+  try:
+    yield
+  except RuntimeError as e:
+    raise OSError(f'damaged record: {" ".join(str(e).split(" (")[0].split())[:80]}') from e
+
+
+def _delete_and_prepare(prepared: pathlib.Path) -> str:
+  command = prepare_command(prepared.parent.name, prepared.parent.parent)
+  return f'delete {prepared} and run {command}'
+
+
 def _read_info(prepared: pathlib.Path) -> dict:
-  return json.loads((prepared / 'dataset_info.json').read_text())
+  try:
+    info = json.loads((prepared / 'dataset_info.json').read_text())
+  except ValueError as e:  # of JSON or of UTF-8
+    raise _damaged_info(prepared) from e
+  if not isinstance(info, dict):
+    raise _damaged_info(prepared)
+  return info
 
 
 def _shard_lengths(prepared: pathlib.Path) -> dict[str, list[int]]:
   """Examples in each file, by split."""
-  splits = _read_info(prepared)['splits']
-  return {split['name']: list(map(int, split['shardLengths'])) for split in splits}
+  info = _read_info(prepared)
+  try:
+    return {split['name']: list(map(int, split['shardLengths'])) for split in info['splits']}
+  except (KeyError, TypeError, ValueError) as e:
+    raise _damaged_info(prepared) from e
+
+
+def _damaged_info(prepared: pathlib.Path) -> UserError:
+  return UserError(f'{prepared}/dataset_info.json is damaged; {_delete_and_prepare(prepared)}')

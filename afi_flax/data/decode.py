@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # PIL's own limit for a decompression bomb; at three bytes a pixel half a GiB.
 MAX_PIXELS = 178_956_970
@@ -37,6 +37,8 @@ def picture_size(data: bytes) -> tuple[int, int]:
   """
   try:
     height, width = _jpeg_size(data) or _open(data).size[::-1]
+  except UnidentifiedImageError as e:  # whose text is of the object in memory
+    raise UnreadableError('not a picture of a known format' if data else 'an empty file') from e
   except Exception as e:  # PIL raises nearly anything on damaged headers
     raise UnreadableError(f'not a picture: {e}') from e
   if height * width > MAX_PIXELS:

@@ -53,6 +53,20 @@ def describe(data_dir: str) -> tuple[dict[str, int], tuple[str, ...]]:
   return {name: len(pictures) for name, pictures in listed.items()}, classes
 
 
+def split_cure(data_dir: str) -> str:
+  """What to do where a split other than 'train' is asked for and there is none; else ''."""
+  splits = _splits(data_dir)
+  if set(splits) != {'train'}:
+    return ''
+  root = pathlib.Path(data_dir).expanduser()
+  if splits['train'] == root:
+    found = f'No train/ and val/ found in {root}, only class folders'
+  else:
+    found = f'No val/ found in {root}'
+  flags = "--config.data.train_split='train[:80%]' --config.data.eval_split='train[80%:]'"
+  return f'{found}: add {flags}'
+
+
 def open_split(
   data_dir: str, class_names: tuple[str, ...], split: str, start: int, stop: int
 ) -> Pictures:
@@ -64,8 +78,12 @@ def open_split(
 def _splits(data_dir: str) -> dict[str, pathlib.Path]:
   """Split name -> its folder of class folders; a folder without split folders is all 'train'."""
   root = pathlib.Path(data_dir).expanduser()
-  if not data_dir or not root.is_dir():
-    raise UserError(f'image_folder: {data_dir!r} is not a folder; set data_dir to one')
+  if not data_dir:
+    raise UserError('image_folder needs a folder of pictures: add --config.data.data_dir=FOLDER')
+  if not root.is_dir():
+    raise UserError(
+      f'image_folder: {data_dir!r} is not a folder; give one by --config.data.data_dir=FOLDER'
+    )
   folders = _sub_folders(root)
   if not folders:
     raise UserError(

@@ -29,6 +29,7 @@ from afi_flax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 _TRIES = 16  # pictures tried in a row for one place in a training batch
+_BAD = np.dtype([('example', np.int32), ('reason', 'S100')])  # one that cannot be read; or -1
 _STREAM_END = 1 << 60  # positions; grain wants a length
 
 
@@ -72,7 +73,9 @@ def train_batches(
   known = augment_lib.IN_MEMORY if _in_memory(source) else augment_lib.ENCODED
   if augment not in known:
     kind = 'a set decoded in memory' if _in_memory(source) else 'encoded pictures'
-    raise UserError(f'augment {augment!r} does not go with {kind}; use one of {", ".join(known)}')
+    raise UserError(
+      f'data.augment {augment!r} does not go with {kind}; use one of {", ".join(known)}'
+    )
   if _in_memory(source):
     _check_size(source, image_size)
     starts = itertools.count(data_step * batch_size + process_index * share, batch_size)
@@ -80,7 +83,7 @@ def train_batches(
   element = _TrainElement(source, seed, augment, image_size)
   first = data_step * process_count + process_index
   batches = _grain_batches(element, _STREAM_END, share, first, process_count, workers)
-  return _drop_bad(batches, source, max_unreadable)
+  return _drop_bad(batches, source, max_unreadable, 'replaced by the next')
 
 
 def eval_batches(
@@ -118,18 +121,22 @@ def eval_batches(
   share = _share(batch_size, process_count)
   resize = image_size if resize is None else resize
   if resize < image_size:
-    raise UserError(f'resize {resize} is less than image_size {image_size}; make it as large')
+    raise UserError(
+      f'data.eval_resize {resize} is less than data.image_size {image_size}; make it as large'
+    )
   num_batches = -(-len(source) // batch_size)
   if _in_memory(source):
     _check_size(source, image_size)
     if resize != image_size:
-      raise UserError(f'resize {resize}: pictures in memory are not resized; use {image_size}')
+      raise UserError(
+        f'data.eval_resize {resize}: pictures in memory are not resized; use {image_size}'
+      )
     starts = (k * batch_size + process_index * share for k in range(num_batches))
     return (_eval_batch(source, start + np.arange(share)) for start in starts)
   element = _EvalElement(source, resize, image_size)
   positions = num_batches * batch_size
   batches = _grain_batches(element, positions, share, process_index, process_count, workers)
-  return _drop_bad(batches, source, max_unreadable)
+  return _drop_bad(batches, source, max_unreadable, 'left out of the evaluation')
 
 
 def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
@@ -199,7 +206,9 @@ def _share(batch_size: int, process_count: int) -> int:
 def _check_size(source: sources.Arrays, image_size: int) -> None:
   if source.images.shape[1:3] != (image_size, image_size):
     height, width = source.images.shape[1:3]
-    raise UserError(f'image_size {image_size}: the pictures are {width} x {height}; use {width}')
+    raise UserError(
+      f'data.image_size {image_size}: the pictures are {width} x {height}; use {width}'
+    )
 
 
 # ---- order
@@ -260,14 +269,14 @@ class _TrainElement:
     n = len(self.source)
     epoch, place = divmod(int(position), n)
     wanted = int(_epoch_order(n, self.seed, epoch)[place])
-    bad = np.full(_TRIES, -1, np.int32)
+    bad = np.array([(-1, b'')] * _TRIES, _BAD)
     for k in range(_TRIES):
       example = (wanted + k) % n
       try:
         data, label = self.source.read(example)
         image = augment_lib.encoded(self.augment, data, self.image_size, self.seed, epoch, example)
-      except (OSError, decode.UnreadableError):
-        bad[k] = example
+      except (OSError, decode.UnreadableError) as e:
+        bad[k] = example, _reason(e)
         continue
       return _element(image, label, example, bad) | {'epoch': np.int32(epoch)}
     raise UserError(
@@ -286,18 +295,24 @@ class _EvalElement:
 
   def __call__(self, position: int) -> Batch:
     example = int(position)
-    bad = np.full(1, -1, np.int32)
+    bad = np.array([(-1, b'')], _BAD)
     if example < len(self.source):
       try:
         data, label = self.source.read(example)
         image = decode.resize_centre_crop(data, self.resize, self.image_size)
         return _element(image, label, example, bad) | {'mask': np.float32(1)}
-      except (OSError, decode.UnreadableError):
-        bad[0] = example
+      except (OSError, decode.UnreadableError) as e:
+        bad[0] = example, _reason(e)
     else:
       example = -1
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     return _element(image, 0, example, bad) | {'mask': np.float32(0)}
+
+
+def _reason(error: Exception) -> bytes:
+  """One short line; of an OSError without the file's name, which the warning has already."""
+  text = getattr(error, 'strerror', None) or str(error)
+  return ' '.join(text.split()).encode(errors='replace')
 
 
 def _element(image: np.ndarray, label: int, example: int, bad: np.ndarray) -> Batch:
@@ -334,19 +349,23 @@ def _grain_batches(
     iterator.close()
 
 
-def _drop_bad(batches: Iterator[Batch], source: sources.Encoded, limit: int) -> Iterator[Batch]:
+def _drop_bad(
+  batches: Iterator[Batch], source: sources.Encoded, limit: int, outcome: str
+) -> Iterator[Batch]:
   """Takes 'bad' out of the batches; names each unreadable picture once, and counts them."""
   seen = set()
   with contextlib.closing(batches):
     for batch in batches:
-      for example in batch.pop('bad').ravel().tolist():
+      for example, reason in batch.pop('bad').ravel().tolist():
         if example < 0 or example in seen:
           continue
         seen.add(example)
-        logging.warning('cannot read %s (example %d)', source.name(example), example)
+        name, why = source.name(example), reason.decode(errors='replace')
+        logging.warning('cannot read %s (example %d): %s; %s', name, example, why, outcome)
         if len(seen) > limit:
           raise UserError(
-            f'{len(seen)} pictures cannot be read and max_unreadable is {limit}; the last is '
-            f'{source.name(example)}. Repair or remove them, or raise the limit.'
+            f'{len(seen)} {"picture" if len(seen) == 1 else "pictures"} cannot be read and '
+            f'data.max_unreadable is {limit}; the last is {name} ({why}). '
+            'Repair or remove what is damaged, or raise the limit.'
           )
       yield batch

@@ -4,7 +4,9 @@ TFDS's builders of CIFAR want TensorFlow only to unpack their archive and to enc
 do both without it, with the same examples in the same order. imagenet2012's builder needs it.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import pathlib
 import tarfile
@@ -52,11 +54,12 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
         f'{prepared} holds {found} files, which a run cannot read; give another --data_dir'
       )
     return f'{dataset} is already prepared in {prepared}'
-  _check_archives(dataset, root, archives)
   if dataset == 'imagenet2012' and importlib.util.find_spec('tensorflow') is None:
     raise UserError(
-      f"TFDS needs TensorFlow to prepare {dataset}; run `pip install 'afi_flax[tensorflow]'`"
+      f'TFDS needs TensorFlow to prepare {dataset}; run `pip install -e '
+      "'.[tensorflow]'` in the clone of this repository"
     )
+  _check_archives(dataset, root, archives)
   _build(dataset, root, archives)
   info = sources.describe(dataset, data_dir)
   sizes = ', '.join(f'{n} {split}' for split, n in info.num_examples.items())
@@ -101,8 +104,14 @@ def _build(dataset: str, root: pathlib.Path, archives: str) -> None:
     builder = _cifar_builder(dataset)(**where)
   manual_dir = os.fspath(pathlib.Path(archives).expanduser()) if archives else None
   config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+  # A download and imagenet2012 take long, and show how far they are; this takes a minute.
+  quiet = contextlib.nullcontext()
+  if archives and dataset != 'imagenet2012':
+    tfds.disable_progress_bar()
+    quiet = contextlib.redirect_stdout(io.StringIO())
   try:
-    builder.download_and_prepare(download_config=config)
+    with quiet:
+      builder.download_and_prepare(download_config=config)
   except Exception as e:
     if type(e).__name__ == 'NonMatchingChecksumError':  # TFDS does not export it
       url, names = _ARCHIVES[dataset]

@@ -38,11 +38,13 @@ class DatasetInfo:
     name: its name in the table.
     num_examples: how many examples each split has, by the split's name.
     class_names: one name a class, in the order of the labels.
+    split_cure: what to do where a split is not there, for the error; '' where there is nothing.
   """
 
   name: str
   num_examples: dict[str, int]
   class_names: tuple[str, ...]
+  split_cure: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def split_range(spec: str, info: DatasetInfo) -> tuple[str, int, int]:
     )
   name, first, last = match.groups()
   if name not in info.num_examples:
-    raise errors.unknown(f'split of {info.name}', name, info.num_examples)
+    raise errors.unknown(f'split of {info.name}', name, info.num_examples, info.split_cure)
   n = info.num_examples[name]
   if first and last and first.endswith('%') != last.endswith('%'):
     raise UserError(f'split {spec!r} mixes examples and per cent; use one of them')
@@ -255,7 +257,7 @@ def _from_tfds(name: str, sizes: dict[str, int], classes) -> Callable[[str], Dat
 
 
 def _describe_folder(data_dir: str) -> DatasetInfo:
-  return DatasetInfo('image_folder', *folders.describe(data_dir))
+  return DatasetInfo('image_folder', *folders.describe(data_dir), folders.split_cure(data_dir))
 
 
 def _imagenet_classes() -> list[str]:

@@ -30,8 +30,6 @@ class BasicBlock(nn.Module):
   fusion: Fusion | None = None
   dtype: Dtype = 'float32'
 
-  expansion = 1  # output channels over width
-
   @nn.compact
   def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',width] and X_k [B,H',W',c]."""
@@ -56,8 +54,6 @@ class Bottleneck(nn.Module):
   strides: int = 1
   fusion: Fusion | None = None
   dtype: Dtype = 'float32'
-
-  expansion = 4
 
   @nn.compact
   def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:

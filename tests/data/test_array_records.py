@@ -48,21 +48,80 @@ def test_a_label_out_of_range_is_named(tiny_cifar100):
     source.read_many(range(60))
 
 
+@pytest.fixture
+def copied(tiny_cifar100, tmp_path):
+  """A copy of the prepared set, to be damaged: its TFDS folder and its own."""
+  shutil.copytree(tiny_cifar100[0] / 'cifar100', tmp_path / 'cifar100')
+  return tmp_path, tmp_path / 'cifar100/3.0.2'
+
+
+def damage_a_record(prepared) -> None:
+  [file] = prepared.glob('cifar100-train.array_record-*')
+  data = bytearray(file.read_bytes())
+  at = len(data) // 2
+  data[at : at + 40] = b'x' * 40
+  file.write_bytes(data)
+
+
+def test_a_damaged_record_is_one_picture_that_cannot_be_read(copied):
+  data_dir, prepared = copied
+  damage_a_record(prepared)
+  source = array_records.open_split('cifar100', str(data_dir), 'train', 0, 60, 100)
+  errors = []
+  for i in range(60):
+    try:
+      source.read(i)
+    except OSError as e:
+      errors.append(str(e))
+  assert len(errors) == 1
+  assert errors[0].startswith('damaged record: Corrupted Riegeli')
+  assert '\n' not in errors[0]
+  assert len(errors[0]) < 100
+
+
+def test_a_damaged_record_of_a_set_in_memory_names_the_cure(copied):
+  data_dir, prepared = copied
+  damage_a_record(prepared)
+  with pytest.raises(UserError) as e:
+    array_records.open_split('cifar100', str(data_dir), 'train', 0, 60, 100).decode()
+  message = str(e.value)
+  assert message.startswith('cifar100 train example 0 or one soon after cannot be read (damaged')
+  assert message.endswith(
+    f'; delete {prepared} and run '
+    f'`python -m afi_flax.prepare --dataset cifar100 --data_dir {data_dir}`'
+  )
+  assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{"splits": [', '[]', '{}', '{"splits": [{"name": "train"}]}', '\xff']
+)
+def test_a_damaged_description_names_the_cure(copied, text):
+  data_dir, prepared = copied
+  (prepared / 'dataset_info.json').write_bytes(text.encode('latin-1'))
+  with pytest.raises(UserError) as e:
+    array_records.split_sizes(prepared)
+  assert str(e.value) == (
+    f'{prepared}/dataset_info.json is damaged; delete {prepared} and run '
+    f'`python -m afi_flax.prepare --dataset cifar100 --data_dir {data_dir}`'
+  )
+
+
 def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(UserError, match=f'cifar10 is not prepared under {tmp_path};'):
     array_records.open_split('cifar10', '', 'train', 0, 1, 10)
 
 
-def test_tfrecord_files_and_missing_files_are_named(tiny_cifar100, tmp_path):
-  def open_split(split):
-    return array_records.open_split('cifar100', str(tmp_path), split, 0, 20, 100)
+def test_tfrecord_files_and_missing_files_are_named(copied):
+  data_dir, prepared = copied
 
-  shutil.copytree(tiny_cifar100[0] / 'cifar100', tmp_path / 'cifar100')
-  prepared = tmp_path / 'cifar100/3.0.2'
+  def open_split(split):
+    return array_records.open_split('cifar100', str(data_dir), split, 0, 20, 100)
+
   (prepared / 'cifar100-test.array_record-00000-of-00001').unlink()
   assert len(open_split('train').decode()[1]) == 20
-  with pytest.raises(UserError, match='has 0 of 1 files of its test split; delete it and run'):
+  with pytest.raises(UserError, match=r'has 0 of 1 files of its test split; delete /.* and run'):
     open_split('test')
   info = json.loads((prepared / 'dataset_info.json').read_text())
   (prepared / 'dataset_info.json').write_text(json.dumps(info | {'fileFormat': 'tfrecord'}))
@@ -70,7 +129,7 @@ def test_tfrecord_files_and_missing_files_are_named(tiny_cifar100, tmp_path):
     open_split('train')
   assert str(e.value) == (
     f'{prepared} holds tfrecord files and array_record is needed; prepare it again beside them: '
-    f'`python -m afi_flax.prepare --dataset cifar100 --data_dir {tmp_path}_array_record`'
+    f'`python -m afi_flax.prepare --dataset cifar100 --data_dir {data_dir}_array_record`'
   )
 
 

@@ -148,6 +148,12 @@ def test_unreadable_bytes_raise_a_value_error(data):
   assert issubclass(decode.UnreadableError, ValueError)
 
 
+def test_the_reason_is_for_people():
+  for data, reason in [(b'', 'an empty file'), (b'text', 'not a picture of a known format')]:
+    with pytest.raises(decode.UnreadableError, match=f'^{reason}$'):
+      decode.resize_centre_crop(data, 16, 16)
+
+
 def test_mutated_pictures_decode_or_are_unreadable():
   rng = np.random.default_rng(0)
   decoded = 0

@@ -69,8 +69,12 @@ def test_mistakes(picture_folder, tmp_path):
     assert '\n' not in str(e.value)
     return str(e.value)
 
-  assert "image_folder: '' is not a folder; set data_dir" in message('')
-  assert 'is not a folder' in message(tmp_path / 'nowhere')
+  assert message('') == (
+    'image_folder needs a folder of pictures: add --config.data.data_dir=FOLDER'
+  )
+  assert message(tmp_path / 'nowhere').endswith(
+    "nowhere' is not a folder; give one by --config.data.data_dir=FOLDER"
+  )
   (tmp_path / 'empty').mkdir()
   assert 'empty has no class folders' in message(tmp_path / 'empty')
   (tmp_path / 'one/cat').mkdir(parents=True)

@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import os
 import threading
 import time
 
@@ -238,8 +239,9 @@ def test_in_training_the_next_readable_picture_stands_in(damaged, caplog):
   assert label.tolist() == [source.read(i)[1] for i in want]
   messages = warnings_in(caplog)
   assert len(messages) == 3  # each once, though each was met three times
-  assert {int(m.split('example ')[1].rstrip(')')) for m in messages} == bad
+  assert {int(m.split('(example ')[1].split(')')[0]) for m in messages} == bad
   assert all(source.name(i) in ' '.join(messages) for i in bad)
+  assert all(m.endswith('; replaced by the next') for m in messages)
 
 
 def test_in_evaluation_unreadable_pictures_are_masked(damaged, caplog):
@@ -250,7 +252,21 @@ def test_in_evaluation_unreadable_pictures_are_masked(damaged, caplog):
   assert example[:21].tolist() == list(range(21))
   assert set(np.flatnonzero(mask[:21] == 0).tolist()) == bad
   assert mask.sum() == 18
-  assert len(warnings_in(caplog)) == 3
+  messages = warnings_in(caplog)
+  assert len(messages) == 3
+  assert all(m.endswith('; left out of the evaluation') for m in messages)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_warning_gives_the_reason_also_from_workers(damaged, caplog, workers):
+  source, bad = damaged
+  [missing] = [i for i in bad if source.read(i)[0] == b'']
+  os.remove(source.name(missing))
+  evaluate(source, {'image_size': 24}, workers=workers)
+  want = f'cannot read {source.name(missing)} (example {missing}): No such file or directory; '
+  messages = warnings_in(caplog)
+  assert want + 'left out of the evaluation' in messages
+  assert sum('): not a picture of a known format; ' in m for m in messages) == 1
 
 
 @pytest.mark.parametrize('read', [train, evaluate])
@@ -260,8 +276,10 @@ def test_past_the_limit_is_an_error(damaged, read):
   assert len(read(source, options | {'max_unreadable': 3})) >= 3
   with pytest.raises(UserError) as e:
     read(source, options | {'max_unreadable': 2})
-  assert '3 pictures cannot be read and max_unreadable is 2; the last is /' in str(e.value)
+  assert '3 pictures cannot be read and data.max_unreadable is 2; the last is /' in str(e.value)
   assert '\n' not in str(e.value)
+  with pytest.raises(UserError, match=r'^1 picture cannot be read and data.max_unreadable is 0;'):
+    read(source, options | {'max_unreadable': 0})
 
 
 def test_nothing_but_unreadable_pictures_is_an_error(picture_folder):
@@ -278,9 +296,13 @@ def test_nothing_but_unreadable_pictures_is_an_error(picture_folder):
 @pytest.mark.parametrize(
   ('encoded', 'options', 'message'),
   [
-    (True, {'augment': 'pad_crop'}, "augment 'pad_crop' does not go with encoded pictures; use"),
+    (
+      True,
+      {'augment': 'pad_crop'},
+      "data.augment 'pad_crop' does not go with encoded pictures",
+    ),
     (False, {'augment': 'random_resized_crop_flip'}, 'does not go with a set decoded in memory'),
-    (False, {'image_size': 24}, 'image_size 24: the pictures are 16 x 16; use 16'),
+    (False, {'image_size': 24}, '^data.image_size 24: the pictures are 16 x 16; use 16'),
     (False, {'batch_size': 10, 'process_count': 4}, 'batch size 10 is not divisible by 4'),
     (False, {'batch_size': 0}, 'batch size 0'),
   ],
@@ -295,9 +317,9 @@ def test_wrong_arguments_of_training_fail_at_once(pictures, encoded, options, me
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'resize': 12}, 'resize 12 is less than image_size 16'),
-    ({'resize': 20}, 'resize 20: pictures in memory are not resized; use 16'),
-    ({'image_size': 8}, 'image_size 8: the pictures are 16 x 16; use 16'),
+    ({'resize': 12}, '^data.eval_resize 12 is less than data.image_size 16'),
+    ({'resize': 20}, '^data.eval_resize 20: pictures in memory are not resized; use 16'),
+    ({'image_size': 8}, '^data.image_size 8: the pictures are 16 x 16; use 16'),
     ({'batch_size': 9, 'process_count': 2}, 'batch size 9 is not divisible by 2 processes'),
   ],
 )

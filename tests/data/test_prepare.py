@@ -49,7 +49,12 @@ def test_a_damaged_archive_is_named(tmp_path):
   assert array_records.find_prepared('cifar10', str(tmp_path / 'out')) is None
 
 
-def test_an_archive_that_is_not_there(tmp_path):
+@pytest.fixture
+def with_tensorflow(monkeypatch):
+  monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: object())
+
+
+def test_an_archive_that_is_not_there(tmp_path, with_tensorflow):
   for dataset, file in [('cifar10', 'cifar-10-binary'), ('imagenet2012', 'ILSVRC2012_img_train')]:
     with pytest.raises(UserError) as e:
       prepare.prepare(dataset, str(tmp_path), str(tmp_path))
@@ -76,7 +81,7 @@ def test_without_a_network_it_fails_at_once_and_says_what_to_fetch(tmp_path, mon
   )
 
 
-def test_imagenet_cannot_be_downloaded(tmp_path):
+def test_imagenet_cannot_be_downloaded(tmp_path, with_tensorflow):
   with pytest.raises(UserError) as e:
     prepare.prepare('imagenet2012', str(tmp_path))
   assert 'ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org' in str(
@@ -92,12 +97,11 @@ def test_tfrecord_files_are_left_alone(tmp_path):
     prepare.prepare('cifar10', str(tmp_path))
 
 
-def test_imagenet_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
-  for name in ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'):
-    (tmp_path / name).touch()
+def test_imagenet_without_tensorflow_says_so_before_it_asks_for_archives(tmp_path, monkeypatch):
   monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"run `pip install 'afi_flax\[tensorflow\]'`"):
-    prepare.prepare('imagenet2012', str(tmp_path), str(tmp_path))
+  for archives in ('', str(tmp_path)):
+    with pytest.raises(UserError, match=r"run `pip install -e '\.\[tensorflow\]'` in the clone"):
+      prepare.prepare('imagenet2012', str(tmp_path), archives)
 
 
 def write_imagenet_archives(folder: pathlib.Path) -> dict[str, bytes]:

@@ -1,4 +1,5 @@
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -152,9 +153,10 @@ def test_a_set_that_is_not_prepared_fails_at_once_with_the_command(tmp_path):
   for dataset in ('cifar10', 'cifar100', 'imagenet2012'):
     with pytest.raises(UserError) as e:
       sources.open_split(dataset, str(tmp_path), 'train')
+    archives = ' --archives FOLDER' if dataset == 'imagenet2012' else ''
     assert str(e.value) == (
       f'{dataset} is not prepared under {tmp_path}; '
-      f'run `python -m afi_flax.prepare --dataset {dataset} --data_dir {tmp_path}`'
+      f'run `python -m afi_flax.prepare --dataset {dataset}{archives} --data_dir {tmp_path}`'
     )
   assert time.perf_counter() - begin < 10
 
@@ -172,6 +174,22 @@ def test_image_folder(picture_folder):
   assert info.class_names[train.read(20)[1]] in train.name(20)
   with pytest.raises(UserError, match=r"unknown split of image_folder 'test'.* Known: train, val"):
     sources.open_split('image_folder', str(picture_folder), 'test')
+
+
+def test_a_folder_without_val_names_the_flags_that_hold_a_part_out(picture_folder):
+  def message(folder) -> str:
+    with pytest.raises(UserError) as e:
+      sources.open_split('image_folder', str(folder), 'val')
+    return str(e.value)
+
+  cure = "add --config.data.train_split='train[:80%]' --config.data.eval_split='train[80%:]'"
+  only_classes = picture_folder / 'train'
+  assert message(only_classes) == (
+    "unknown split of image_folder 'val'. Known: train. "
+    f'No train/ and val/ found in {only_classes}, only class folders: {cure}'
+  )
+  shutil.rmtree(picture_folder / 'val')
+  assert message(picture_folder).endswith(f' No val/ found in {picture_folder}: {cure}')
 
 
 def test_unknown_data_sets_are_answered_with_the_list():
