@@ -1,18 +1,29 @@
 """The zoo: one table from a name to a network, in the manner of timm.
 
-A name is `[afi_]backbone[_b]`: `resnet32` is the plain network, `afi_resnet32` the paper's first
-setting, `afi_resnet32_b` its second.
+A name is `[afi_][se_]backbone[_b][_se|_ge|_cbam|_eca]`:
+  resnet32               the plain network
+  afi_resnet32           the paper's first setting: half of each first convolution is reused
+  afi_resnet32_b         its second setting, AFI-B
+  se_resnet50            Squeeze-and-Excitation on every block's output
+  afi_mobilenetv2_cifar_eca  an attention on the result of AFI
+Forms for 32-pixel pictures of networks that also have an ImageNet form end in `_cifar`.
 """
 
 import dataclasses
 import fnmatch
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 from flax import linen as nn
 
 from afi_flax.errors import UserError, unknown
+from afi_flax.models.attention import ATTENTIONS
+from afi_flax.models.densenet import DenseNet
 from afi_flax.models.fusion import AFI, Fusion
+from afi_flax.models.mobilenet_v2 import MobileNetV2
 from afi_flax.models.resnet import BasicBlock, Bottleneck, ResNet
+from afi_flax.models.shufflenet_v2 import ShuffleNetV2
 
 __all__ = ['AFI', 'create_model', 'list_models']
 
@@ -22,8 +33,8 @@ class Backbone:
   """An entry of the table.
 
   Attributes:
-    make: (num_classes, fusions, dtype) -> module.
-    num_stages: stages that can carry AFI, counted from 1.
+    make: (num_classes, fusions, attention, dtype) -> module.
+    num_stages: stages that can carry AFI, counted from 1; 0: a network that has no such form.
     reductions: r of the AFI and of the AFI-B form.
   """
 
@@ -32,43 +43,105 @@ class Backbone:
   reductions: tuple[int, int] = (4, 16)
 
 
+def _resnet(blocks: Sequence[int], block, stem: str = 'imagenet', width: int = 64) -> Backbone:
+  widths = tuple(width * 2**i for i in range(len(blocks)))
+  return Backbone(functools.partial(ResNet, blocks, widths, block, stem), len(blocks))
+
+
 def _cifar_resnet(depth: int) -> Backbone:
   """ResNet-(6N+2)."""
   blocks = ((depth - 2) // 6,) * 3
-  return Backbone(
-    lambda **kwargs: ResNet(blocks, (16, 32, 64), BasicBlock, 'cifar', **kwargs), num_stages=3
-  )
+  make = functools.partial(ResNet, blocks, (16, 32, 64), BasicBlock, 'cifar', stem_width=16)
+  return Backbone(make, num_stages=3)
 
 
-def _imagenet_resnet(blocks: tuple[int, ...], block: type[BasicBlock] | type[Bottleneck]):
-  return Backbone(
-    lambda **kwargs: ResNet(blocks, (64, 128, 256, 512), block, 'imagenet', **kwargs), num_stages=4
-  )
+def _shufflenet(widths: tuple[int, int, int, int], cifar: bool) -> Backbone:
+  return Backbone(functools.partial(ShuffleNetV2, widths, cifar), num_stages=3)
 
+
+def _mobilenet(cifar: bool, multiplier: float = 1.0) -> Backbone:
+  make = functools.partial(MobileNetV2, cifar, multiplier=multiplier)
+  return Backbone(make, num_stages=7, reductions=(16, 16))
+
+
+_RESNEXT_BLOCK = functools.partial(Bottleneck, groups=32, expansion=2)
+_SHUFFLENET_WIDTHS = {
+  'x0_5': (48, 96, 192, 1024),
+  'x1_0': (116, 232, 464, 1024),
+  'x1_5': (176, 352, 704, 1024),
+  'x2_0': (224, 488, 976, 2048),
+}
 
 BACKBONES: dict[str, Backbone] = {
-  'resnet20': _cifar_resnet(20),
-  'resnet32': _cifar_resnet(32),
-  'resnet44': _cifar_resnet(44),
-  'resnet56': _cifar_resnet(56),
-  'resnet110': _cifar_resnet(110),
-  'resnet18': _imagenet_resnet((2, 2, 2, 2), BasicBlock),
-  'resnet34': _imagenet_resnet((3, 4, 6, 3), BasicBlock),
-  'resnet50': _imagenet_resnet((3, 4, 6, 3), Bottleneck),
-  'resnet101': _imagenet_resnet((3, 4, 23, 3), Bottleneck),
-  'resnet152': _imagenet_resnet((3, 8, 36, 3), Bottleneck),
+  **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
+  'resnet18': _resnet((2, 2, 2, 2), BasicBlock),
+  'resnet34': _resnet((3, 4, 6, 3), BasicBlock),
+  'resnet50': _resnet((3, 4, 6, 3), Bottleneck),
+  'resnet101': _resnet((3, 4, 23, 3), Bottleneck),
+  'resnet152': _resnet((3, 8, 36, 3), Bottleneck),
+  'resnet18_cifar': _resnet((2, 2, 2, 2), BasicBlock, 'cifar'),
+  'resnet34_cifar': _resnet((3, 4, 6, 3), BasicBlock, 'cifar'),
+  'resnet50_cifar': _resnet((3, 4, 6, 3), Bottleneck, 'cifar'),
+  'resnext29_32x4d': Backbone(
+    functools.partial(ResNet, (3, 3, 3), (128, 256, 512), _RESNEXT_BLOCK, 'cifar', stem_kernel=1),
+    num_stages=3,
+    reductions=(4, 8),
+  ),
+  'resnext50_32x4d': _resnet((3, 4, 6, 3), _RESNEXT_BLOCK, width=128),
+  'mobilenetv2_cifar': _mobilenet(cifar=True),
+  'mobilenetv2': _mobilenet(cifar=False),
+  'mobilenetv2_x0_5': _mobilenet(cifar=False, multiplier=0.5),
+  'mobilenetv2_x0_75': _mobilenet(cifar=False, multiplier=0.75),
+  'mobilenetv2_x1_4': _mobilenet(cifar=False, multiplier=1.4),
+  **{f'shufflenetv2_{x}_cifar': _shufflenet(w, True) for x, w in _SHUFFLENET_WIDTHS.items()},
+  **{f'shufflenetv2_{x}': _shufflenet(w, False) for x, w in _SHUFFLENET_WIDTHS.items()},
+  # The paper of ShuffleNetV2 has 244 where the 32-pixel variant has 224.
+  'shufflenetv2_x2_0': _shufflenet((244, 488, 976, 2048), cifar=False),
+  'densenet121': Backbone(
+    lambda fusions, attention, **kwargs: DenseNet((6, 12, 24, 16), **kwargs), num_stages=0
+  ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+  """A name of the zoo, taken apart."""
+
+  backbone: str
+  setting: str = ''  # '', 'half' or 'full': plain, AFI, AFI-B
+  block_attention: str = ''
+  fusion_attention: str = ''
+
+  @property
+  def name(self) -> str:
+    afi, b = ('afi_' if self.setting else ''), ('_b' if self.setting == 'full' else '')
+    before = f'{self.block_attention}_' if self.block_attention else ''
+    after = f'_{self.fusion_attention}' if self.fusion_attention else ''
+    return f'{afi}{before}{self.backbone}{b}{after}'
+
+
+@functools.cache
+def _forms() -> dict[str, _Form]:
+  """All names."""
+  forms = []
+  for backbone, entry in BACKBONES.items():
+    if not entry.num_stages:
+      forms.append(_Form(backbone))
+      continue
+    for block_attention in ('', 'se'):
+      forms.append(_Form(backbone, '', block_attention))
+      for setting, after in itertools.product(('half', 'full'), ('', *ATTENTIONS)):
+        forms.append(_Form(backbone, setting, block_attention, after))
+  return {form.name: form for form in forms}
 
 
 def list_models(pattern: str = '*') -> list[str]:
   """Names of all networks that match a shell pattern.
 
-  >>> list_models('afi_resnet32*')
-  ['afi_resnet32', 'afi_resnet32_b']
+  >>> list_models('*resnet32')
+  ['afi_resnet32', 'afi_se_resnet32', 'resnet32', 'se_resnet32']
   """
-  forms = ('{}', 'afi_{}', 'afi_{}_b')
-  names = sorted(form.format(backbone) for backbone in BACKBONES for form in forms)
-  return fnmatch.filter(names, pattern)
+  return sorted(fnmatch.filter(_forms(), pattern))
 
 
 def create_model(
@@ -99,21 +172,23 @@ def create_model(
   Raises:
     UserError: unknown name, stages that the network does not have, or stages of a plain network.
   """
-  if name not in list_models():
-    raise unknown('model', name, list_models(), 'See afi_flax.models.list_models().')
-  is_afi = name.startswith('afi_')
-  is_b = name.endswith('_b')
-  backbone = BACKBONES[name.removeprefix('afi_').removesuffix('_b')]
-  fusion = None
-  if is_afi:
-    fusion = Fusion('full' if is_b else 'half', backbone.reductions[is_b])
+  if name not in _forms():
+    raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
+  form = _forms()[name]
+  backbone = BACKBONES[form.backbone]
   every = tuple(range(1, backbone.num_stages + 1))
-  if stages is not None and not is_afi:
-    raise UserError(
-      f'model.stages {tuple(stages)} has no meaning for the plain {name!r}; use afi_{name}'
-    )
-  stages = every if stages is None else tuple(stages)
-  if not stages or not set(stages) <= set(every) or len(set(stages)) < len(stages):
-    raise UserError(f'model.stages {stages} must be some of {every}, each once, for {name!r}')
-  fusions = tuple(fusion if i in stages else None for i in every)
-  return backbone.make(num_classes=num_classes, fusions=fusions, dtype=dtype)
+  if stages is not None and not form.setting:
+    raise UserError(f'model.stages {tuple(stages)} has no meaning for the plain network {name!r}')
+  chosen = every if stages is None else tuple(stages)
+  if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or (every and not chosen):
+    raise UserError(f'model.stages {chosen} must be some of {every}, each once, for {name!r}')
+  fusion = None
+  if form.setting:
+    reduction = backbone.reductions[form.setting == 'full']
+    fusion = Fusion(form.setting, reduction, form.fusion_attention)
+  return backbone.make(
+    num_classes=num_classes,
+    fusions=tuple(fusion if i in chosen else None for i in every),
+    attention=form.block_attention,
+    dtype=dtype,
+  )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from afi_flax.models.layers import fan_in_uniform
+from afi_flax.models.attention import ATTENTIONS, mlp
 
 Array = jax.Array
 
@@ -37,10 +37,12 @@ class Fusion:
     width: 'half': the first convolution keeps half its plain width and R fills the other half
       (AFI). 'full': it keeps its whole width and the second one takes twice as many (AFI-B).
     reduction: r, the bottleneck of the scoring network W2 relu(W1 z).
+    attention: what is applied to R before the concatenation, one of `attention.ATTENTIONS`, or ''.
   """
 
   width: Literal['half', 'full'] = 'half'
   reduction: int = 4
+  attention: str = ''
 
   def own_channels(self, width: int) -> int:
     """Channels c of X_k and R_k, where the plain network's first convolution has `width`."""
@@ -98,14 +100,8 @@ class AFI(nn.Module):
     shapes = {f.map.shape for f in features}
     if len(shapes) > 1:
       raise ValueError(f'AFI integrates maps of one shape, got {sorted(shapes)}')
-    channels = features[0].map.shape[-1]
     pooled = jnp.stack([f.pooled for f in features], axis=1)  # z [B,N,c]
-    hidden = nn.Dense(
-      max(1, channels // self.reduction), use_bias=False, kernel_init=fan_in_uniform, name='reduce'
-    )(pooled)
-    scores = nn.Dense(channels, use_bias=False, kernel_init=fan_in_uniform, name='expand')(
-      nn.relu(hidden)
-    )
+    scores = mlp(pooled, self.reduction, use_bias=False)
     weights = nn.softmax(scores, axis=1)  # s~ [B,N,c], eq. 1
     self.sow('intermediates', 'weights', weights)
     return weighted_sum(weights, [f.map for f in features])  # eq. 2
@@ -139,17 +135,28 @@ def fit(x: Array, size: tuple[int, int], channels: int) -> Array:
 class Fuse(nn.Module):
   """What stands between the two convolutions of a fused block: X_k -> [X_k, R_k].
 
+  Where the second convolution has groups and takes all of X and of R (AFI-B), they are interleaved,
+  so that each of its groups has its own part of both.
+
   Attributes:
     fusion: the setting.
+    groups: of the second convolution.
   """
 
   fusion: Fusion
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: Array, features: Sequence[Feature]) -> Array:
     """X_k [B,H,W,c] and the stage's earlier features -> [B,H,W,2c]."""
     reused = AFI(self.fusion.reduction, name='afi')(features)
-    return jnp.concatenate([x, reused], axis=-1)
+    if self.fusion.attention:
+      reused = ATTENTIONS[self.fusion.attention](name=self.fusion.attention)(reused)
+    if self.fusion.width == 'half' or self.groups == 1:
+      return jnp.concatenate([x, reused], axis=-1)
+    grouped = (*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+    both = jnp.concatenate([x.reshape(grouped), reused.reshape(grouped)], axis=-1)
+    return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
 
 
 def run_stage(

@@ -39,7 +39,7 @@ class ConvBN(nn.Module):
     kernel: side of the square kernel.
     strides: step in both directions.
     groups: channel groups of the convolution.
-    relu: whether ReLU follows.
+    activation: what follows: 'relu', 'relu6' or '' (nothing).
     dtype: of the computation; parameters and statistics stay float32.
   """
 
@@ -47,28 +47,60 @@ class ConvBN(nn.Module):
   kernel: int = 3
   strides: int = 1
   groups: int = 1
-  relu: bool = True
+  activation: str = 'relu'
   dtype: Dtype = 'float32'
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """[B,H,W,C] -> [B, ceil(H / strides), ceil(W / strides), features], of `dtype`."""
-    pad = self.kernel // 2
-    x = nn.Conv(
-      self.features,
-      (self.kernel, self.kernel),
-      strides=self.strides,
-      padding=((pad, pad), (pad, pad)),
-      feature_group_count=self.groups,
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=he_normal,
-      name='conv',
-    )(x)
-    x = nn.BatchNorm(
-      use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name='bn'
-    )(x)
-    return nn.relu(x) if self.relu else x
+    x = conv(self.features, self.kernel, self.strides, self.groups, self.dtype, name='conv')(x)
+    x = batch_norm(train, self.dtype, name='bn')(x)
+    return getattr(nn, self.activation)(x) if self.activation else x
+
+
+class BNReLU(nn.Module):
+  """Batch norm and ReLU, as they come before a convolution in a pre-activation network.
+
+  Attributes:
+    dtype: of the computation.
+  """
+
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    """[B,H,W,C] -> the same shape."""
+    return nn.relu(batch_norm(train, self.dtype, name='bn')(x))
+
+
+def conv(
+  features: int,
+  kernel: int,
+  strides: int = 1,
+  groups: int = 1,
+  dtype: Dtype = 'float32',
+  name: str | None = None,
+) -> nn.Conv:
+  """A square convolution without bias, padded by kernel // 2 on all sides."""
+  pad = kernel // 2
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=strides,
+    padding=((pad, pad), (pad, pad)),
+    feature_group_count=groups,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=he_normal,
+    name=name,
+  )
+
+
+def batch_norm(train: bool, dtype: Dtype, name: str) -> nn.BatchNorm:
+  """Batch norm with the constants of this file."""
+  return nn.BatchNorm(
+    use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+  )
 
 
 class Head(nn.Module):

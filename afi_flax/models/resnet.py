@@ -1,7 +1,8 @@
-"""ResNets for 32-pixel pictures and for ImageNet, plain and with Attentive Feature Integration.
+"""ResNets and ResNeXts for 32-pixel pictures and for ImageNet, plain and with AFI.
 
 Sources: He et al., "Deep Residual Learning for Image Recognition" (the CIFAR form of section 4.2,
-with 1x1 convolution + BN shortcuts), and torchvision's v1.5 bottleneck, which strides in its 3x3.
+with 1x1 convolution + BN shortcuts), torchvision's v1.5 bottleneck, which strides in its 3x3, and
+Xie et al., "Aggregated Residual Transformations for Deep Neural Networks".
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
+from afi_flax.models.attention import ATTENTIONS
 from afi_flax.models.fusion import Feature, Fuse, Fusion, run_stage
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
@@ -22,12 +24,14 @@ class BasicBlock(nn.Module):
     width: channels of both convolutions in the plain network, and of the output.
     strides: of the first convolution.
     fusion: None: the plain block.
+    attention: on the residual branch, before the addition; '': none.
     dtype: of the computation.
   """
 
   width: int
   strides: int = 1
   fusion: Fusion | None = None
+  attention: str = ''
   dtype: Dtype = 'float32'
 
   @nn.compact
@@ -36,41 +40,52 @@ class BasicBlock(nn.Module):
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 3, self.strides, dtype=self.dtype, name='conv1')(x, train)
     y = Fuse(self.fusion, name='fuse')(made, features) if self.fusion else made
-    y = ConvBN(self.width, 3, relu=False, dtype=self.dtype, name='conv2')(y, train)
-    return nn.relu(y + _shortcut(x, self.width, self.strides, self.dtype, train)), made
+    y = ConvBN(self.width, 3, activation='', dtype=self.dtype, name='conv2')(y, train)
+    return _add_shortcut(self, x, y, train), made
 
 
 class Bottleneck(nn.Module):
   """1x1, 3x3, 1x1 and the shortcut. X_k is the first 1x1's output, at the input's resolution.
 
   Attributes:
-    width: channels of the 3x3 in the plain network; the output has four times as many.
+    width: channels of the 3x3 in the plain network.
     strides: of the 3x3.
     fusion: None: the plain block.
+    attention: on the residual branch, before the addition; '': none.
     dtype: of the computation.
+    groups: of the 3x3.
+    expansion: output channels over width.
   """
 
   width: int
   strides: int = 1
   fusion: Fusion | None = None
+  attention: str = ''
   dtype: Dtype = 'float32'
+  groups: int = 1
+  expansion: int = 4
 
   @nn.compact
   def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
-    """[B,H,W,C] -> output [B,H',W',4 * width] and X_k [B,H,W,c]."""
+    """[B,H,W,C] -> output [B,H',W',expansion * width] and X_k [B,H,W,c]."""
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 1, dtype=self.dtype, name='conv1')(x, train)
-    y = Fuse(self.fusion, name='fuse')(made, features) if self.fusion else made
-    y = ConvBN(self.width, 3, self.strides, dtype=self.dtype, name='conv2')(y, train)
-    y = ConvBN(4 * self.width, 1, relu=False, dtype=self.dtype, name='conv3')(y, train)
-    return nn.relu(y + _shortcut(x, 4 * self.width, self.strides, self.dtype, train)), made
+    y = Fuse(self.fusion, self.groups, name='fuse')(made, features) if self.fusion else made
+    y = ConvBN(self.width, 3, self.strides, self.groups, dtype=self.dtype, name='conv2')(y, train)
+    out = self.expansion * self.width
+    y = ConvBN(out, 1, activation='', dtype=self.dtype, name='conv3')(y, train)
+    return _add_shortcut(self, x, y, train), made
 
 
-def _shortcut(x: Array, channels: int, strides: int, dtype: Dtype, train: bool) -> Array:
-  """The identity, or 1x1 convolution + BN where the shape changes. Called inside a block."""
-  if strides == 1 and x.shape[-1] == channels:
-    return x
-  return ConvBN(channels, 1, strides, relu=False, dtype=dtype, name='shortcut')(x, train)
+def _add_shortcut(block: BasicBlock | Bottleneck, x: Array, y: Array, train: bool) -> Array:
+  """relu(attention(y) + x), x through 1x1 convolution + BN where the shape changes."""
+  if block.attention:
+    y = ATTENTIONS[block.attention](name=block.attention)(y)
+  if x.shape != y.shape:
+    x = ConvBN(y.shape[-1], 1, block.strides, activation='', dtype=block.dtype, name='shortcut')(
+      x, train
+    )
+  return nn.relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -79,11 +94,15 @@ class ResNet(nn.Module):
   Attributes:
     blocks: blocks in each stage.
     widths: width of each stage's blocks.
-    block: BasicBlock or Bottleneck.
-    stem: 'cifar': 3x3 convolution; 'imagenet': 7x7 with stride 2 and 3x3 max-pool with stride 2.
+    block: makes a block: BasicBlock, Bottleneck, or a partial of them.
+    stem: 'cifar': a convolution of side `stem_kernel`; 'imagenet': 7x7 with stride 2 and 3x3
+      max-pool with stride 2.
     num_classes: K.
     fusions: one for each stage; None leaves a stage plain.
+    attention: on every block's residual branch; '': none.
     dtype: of the computation; parameters, statistics, pooling and logits stay float32.
+    stem_width: channels of the stem.
+    stem_kernel: of the 'cifar' stem.
   """
 
   blocks: Sequence[int]
@@ -92,16 +111,19 @@ class ResNet(nn.Module):
   stem: str
   num_classes: int
   fusions: Sequence[Fusion | None]
+  attention: str = ''
   dtype: Dtype = 'float32'
+  stem_width: int = 64
+  stem_kernel: int = 3
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """[B,H,W,3], normalised -> logits f32 [B,K]."""
     x = x.astype(self.dtype)
     if self.stem == 'cifar':
-      x = ConvBN(self.widths[0], 3, dtype=self.dtype, name='stem')(x, train)
+      x = ConvBN(self.stem_width, self.stem_kernel, dtype=self.dtype, name='stem')(x, train)
     else:
-      x = ConvBN(self.widths[0], 7, 2, dtype=self.dtype, name='stem')(x, train)
+      x = ConvBN(self.stem_width, 7, 2, dtype=self.dtype, name='stem')(x, train)
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for i, (num_blocks, width, fusion) in enumerate(
       zip(self.blocks, self.widths, self.fusions, strict=True), start=1
@@ -109,7 +131,8 @@ class ResNet(nn.Module):
 
       def make_block(k, block_fusion, i=i, width=width):
         strides = 2 if i > 1 and k == 0 else 1
-        return self.block(width, strides, block_fusion, self.dtype, name=f'stage{i}_block{k + 1}')
+        name = f'stage{i}_block{k + 1}'
+        return self.block(width, strides, block_fusion, self.attention, self.dtype, name=name)
 
       x = run_stage(make_block, num_blocks, x, width, fusion, train)
     return Head(self.num_classes, name='head')(x)
