@@ -97,6 +97,27 @@ def test_fit():
   assert not padded[..., 4:].any()
 
 
+@pytest.mark.parametrize(('width', 'groups'), [('half', 1), ('half', 2), ('full', 1), ('full', 2)])
+def test_fuse_gives_every_group_its_part_of_both(width, groups):
+  """One earlier feature: R is that feature, so the order of the channels can be read off."""
+  x = jnp.broadcast_to(jnp.arange(4.0), [1, 3, 3, 4])  # X_k: 0 1 2 3
+  earlier = fusion.pool(x + 10)  # R: 10 11 12 13
+  fuse = fusion.Fuse(Fusion(width), groups)
+  y, _ = fuse.init_with_output(jax.random.key(0), x, [earlier])
+  interleaved = width == 'full' and groups == 2
+  want = [0, 1, 10, 11, 2, 3, 12, 13] if interleaved else [0, 1, 2, 3, 10, 11, 12, 13]
+  np.testing.assert_allclose(y[0, 1, 1], want)
+
+
+def test_fuse_applies_its_attention_to_the_result_only():
+  x = jnp.ones([1, 3, 3, 4])
+  earlier = fusion.pool(2 * x)
+  y, _ = fusion.Fuse(Fusion('half', attention='ge')).init_with_output(
+    jax.random.key(0), x, [earlier]
+  )
+  np.testing.assert_allclose(y[0, 0, 0], [1] * 4 + [2 / (1 + np.exp(-2))] * 4, rtol=1e-6)
+
+
 def make_probe(seen):
   """Blocks that note what they are given; block 1 strides after its X_1, as in a bottleneck."""
 

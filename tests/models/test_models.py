@@ -7,9 +7,46 @@ import numpy as np
 import pytest
 
 from afi_flax.errors import UserError
-from afi_flax.models import create_model, list_models
+from afi_flax.models import BACKBONES, _forms, create_model, list_models
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden_counts.json').read_text())
+
+# What others publish: the AFI paper's tables (where AFI and AFI-B agree with them to the last digit
+# that they print), torchvision's models, and for SE the AFI paper.
+PUBLISHED = {
+  'resnet32': 472_756,
+  'afi_resnet32': 378_228,
+  'afi_resnet32_b': 668_980,
+  'resnet110': 1_736_564,
+  'afi_resnet110': 1_334_820,  # the paper: 1.35M
+  'afi_resnet110_b': 2_570_516,
+  'mobilenetv2_cifar': 2_412_212,
+  'afi_mobilenetv2_cifar': 2_248_868,
+  'afi_mobilenetv2_cifar_b': 2_835_428,
+  'resnext29_32x4d': 4_866_468,
+  'afi_resnext29_32x4d': 4_262_564,
+  'afi_resnext29_32x4d_b': 5_232_036,
+  'shufflenetv2_x1_0_cifar': 1_356_104,  # the paper: 0.94M, 0.95M, 1.29M
+  'afi_shufflenetv2_x1_0_cifar': 1_254_314,
+  'afi_shufflenetv2_x1_0_cifar_b': 1_403_142,
+  'resnet50': 25_557_032,
+  'afi_resnet50': 23_849_256,
+  'afi_resnet50_b': 33_854_504,  # the paper: 33.86M
+  'resnet152': 60_192_808,
+  'afi_resnet152': 54_667_560,
+  'se_resnet50': 28_071_976,
+  'se_resnet152': 66_770_984,
+  'resnet18': 11_689_512,
+  'resnet34': 21_797_672,
+  'resnet101': 44_549_160,
+  'resnext50_32x4d': 25_028_904,
+  'mobilenetv2': 3_504_872,
+  'shufflenetv2_x0_5': 1_366_792,
+  'shufflenetv2_x1_0': 2_278_604,
+  'shufflenetv2_x1_5': 3_503_624,
+  'shufflenetv2_x2_0': 7_393_996,
+  'densenet121': 7_978_856,
+}
 
 
 def abstract(name, num_classes, size, **kwargs):
@@ -27,18 +64,46 @@ def count(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('name', list_models())
-def test_parameter_count(name):
+def check(name):
   golden = GOLDEN[name]
-  model = create_model(name, golden['classes'])
-  logits, variables = outputs_and_variables(model, golden['size'])
-  assert count(variables['params']) == golden['parameters']
+  logits, variables = outputs_and_variables(create_model(name, golden['classes']), 32)
+  assert count(variables['params']) == golden['parameters'], name
   assert logits.shape == (2, golden['classes'])
   assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameter_count(name):
+  assert GOLDEN[name]['parameters'] == PUBLISHED[name]
+  check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_parameter_counts(backbone):
+  """Every form of the backbone."""
+  names = [n for n in list_models() if _forms()[n].backbone == backbone]
+  assert len(names) == (1 if backbone == 'densenet121' else 22)
+  for name in names:
+    check(name)
+
+
 def test_every_golden_count_is_of_a_model():
   assert set(GOLDEN) == set(list_models())
+
+
+def test_an_attention_on_the_result_adds_what_it_should():
+  """Table 2: on R_k of blocks 2 to n of AFI-MobileNetV2's five stages of several blocks."""
+  c = [(6 * w // 2, n - 1) for w, n in ((24, 2), (32, 3), (64, 4), (96, 3), (160, 3))]
+  added = {
+    'ge': 0,
+    'se': sum(n * 2 * w * (w // 16) for w, n in c),
+    'cbam': sum(n * (2 * w * (w // 16) + 7 * 7 * 2) for w, n in c),
+    'eca': sum(n * (3 if w < 128 else 5) for w, n in c),
+  }
+  base = GOLDEN['afi_mobilenetv2_cifar']['parameters']
+  for name, more in added.items():
+    assert GOLDEN[f'afi_mobilenetv2_cifar_{name}']['parameters'] - base == more, name
 
 
 def test_chosen_stages():
@@ -59,7 +124,10 @@ def test_chosen_stages():
 @pytest.mark.parametrize(
   ('name', 'stages', 'says'),
   [
-    ('afi_resnet33', None, "did you mean 'afi_resnet3"),
+    ('afi_resnet33', None, "did you mean 'afi_"),
+    ('se_densenet121', None, "did you mean 'densenet121'"),
+    ('resnet32_b', None, 'unknown model'),
+    ('resnet32_se', None, 'unknown model'),
     ('vit', None, 'unknown model'),
     ('resnet32', (1,), 'plain'),
     ('afi_resnet32', (4,), r'some of \(1, 2, 3\)'),
@@ -73,14 +141,14 @@ def test_refuses(name, stages, says):
 
 
 def test_list_models_filters():
-  assert list_models('afi_resnet32*') == ['afi_resnet32', 'afi_resnet32_b']
+  assert list_models('*_resnet32') == ['afi_resnet32', 'afi_se_resnet32', 'se_resnet32']
   assert 'resnet50' in list_models()
   assert list_models('nothing*') == []
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'afi_resnet50', 'afi_resnet20_b'])
 def test_only_computation_is_in_bfloat16(name):
-  size = GOLDEN[name]['size']
+  size = 32
   variables, model = abstract(name, 10, size, dtype='bfloat16')
   assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   images = jnp.zeros([2, size, size, 3])
