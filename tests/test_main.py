@@ -300,26 +300,53 @@ def test_stopped_by_sigterm_and_resumed(tmp_path):
   assert_equal_runs(tmp_path / 'whole', workdir)
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run(four_steps, tmp_path):
-  """Each has half of every batch: the same losses, every example evaluated once, one checkpoint."""
+def start_two(*flags):
+  """Two processes on this machine that share one run."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  workdir = tmp_path / 'run'
-  flags = digits(workdir, '--config.run.max_steps=4', '--config.run.log_every_steps=3')
-  processes = [
+  return [
     start(*flags, '--coordinator', address, '--processes=2', f'--process={i}') for i in (0, 1)
   ]
-  for process in processes:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
+
+
+def wait(processes, status):
+  """Waits for all; their stderr."""
+  errs = [process.communicate(timeout=300)[1] for process in processes]
+  for process, err in zip(processes, errs, strict=True):
+    assert process.returncode == status, err[-3000:]
+  return errs
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(four_steps, tmp_path):
+  """Each has half of every batch: the same losses, every example evaluated once, one checkpoint."""
+  workdir = tmp_path / 'run'
+  flags = digits(workdir, '--config.run.max_steps=4', '--config.run.log_every_steps=3')
+  wait(start_two(*flags), status=0)
   one, two = lines(four_steps[0]), lines(workdir)
   assert [(r['step'], r['split'], r['examples']) for r in two] == [
     (r['step'], r['split'], r['examples']) for r in one
   ]
   np.testing.assert_allclose([r['loss'] for r in two], [r['loss'] for r in one], rtol=1e-3)
   assert evaluate.evaluate_run(workdir)['examples'] == 359
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+  workdir = tmp_path / 'run'
+  flags = digits(workdir, '--config.epochs=2', '--config.run.log_every_steps=7')
+  processes = start_two(*flags)
+  while all(p.poll() is None for p in processes) and not (workdir.exists() and lines(workdir)):
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGTERM)
+  errs = wait(processes, status=75)
+  assert 'stopped by a signal to another process at step' in errs[0]
+  assert 'stopped by SIGTERM at step' in errs[1]
+  wait(start_two(*flags), status=0)
+  steps = [r['step'] for r in lines(workdir) if r['split'] == 'train']
+  assert steps == [*range(7, 90, 7), 90]
+  assert [r['examples'] for r in lines(workdir)][-1] == 359
 
 
 @pytest.mark.slow
