@@ -42,8 +42,7 @@ OUTSIDE = {
   'errors': set(),
   'random_draws': {'numpy'},
   'data': {
-    'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'grain', 'tensorflow_datasets', 'etils',
-    'tqdm',
+    'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'grain', 'tensorflow_datasets',
   },
 }  # fmt: skip
 
