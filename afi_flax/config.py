@@ -34,6 +34,8 @@ class Model:
   num_classes: int
   stages: tuple[int, ...] | None
   dtype: str
+  se_bias: bool
+  remat: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,8 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
 
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
   _one_of('model.dtype', model.dtype, ('float32', 'bfloat16'))
-  return Model(model.name, num_classes, tuple(model.stages) or None, model.dtype)
+  stages = tuple(model.stages) or None
+  return Model(model.name, num_classes, stages, model.dtype, model.se_bias, model.remat)
 
 
 def _data(data: ml_collections.ConfigDict) -> Data:

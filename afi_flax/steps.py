@@ -53,6 +53,17 @@ def make_train_step(
   return train_step
 
 
+def compiler_options(remat: str) -> dict[str, str] | None:
+  """What `jax.jit` of the train step needs so that `model.remat` saves memory on the CPU too.
+
+  XLA's CPU compiler removes the barriers of `jax.checkpoint` and then merges what is to be computed
+  again with its first computation, which keeps all of it in memory.
+  """
+  if remat == 'none' or jax.default_backend() != 'cpu':
+    return None
+  return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
+
+
 def make_eval_step(model: nn.Module, data: config.Data) -> Callable[[dict, Batch], metrics.Sums]:
   """(variables, {'image', 'label', 'mask' f32 [B]}) -> sums over the examples whose mask is 1."""
 

@@ -67,6 +67,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
       steps.make_train_step(model, optimizer, plan.data),
       donate_argnums=0,
       out_shardings=sharding.replicated(mesh),
+      compiler_options=steps.compiler_options(plan.model.remat),
     )
     zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(mesh))
     batches = pipeline.prefetch(

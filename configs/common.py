@@ -20,6 +20,8 @@ def base() -> ml_collections.ConfigDict:
   config.model.name = ''  # one of afi_flax.models.list_models()
   config.model.stages = ()  # the stages that carry AFI, from 1; (): all
   config.model.dtype = 'float32'  # of the computation; bfloat16 on TPUs and GPUs
+  config.model.se_bias = False  # biases in Squeeze-and-Excitation, as timm's networks have them
+  config.model.remat = 'none'  # or fusion, block: less memory in training, more computation
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = ''  # digits, cifar10, cifar100, imagenet2012, image_folder, fake_...

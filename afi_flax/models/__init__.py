@@ -15,17 +15,18 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
+import jax
 from flax import linen as nn
 
 from afi_flax.errors import UserError, unknown
 from afi_flax.models.attention import ATTENTIONS
 from afi_flax.models.densenet import DenseNet
-from afi_flax.models.fusion import AFI, Fusion
+from afi_flax.models.fusion import AFI, REMATS, Fusion, fusion_weights
 from afi_flax.models.mobilenet_v2 import MobileNetV2
 from afi_flax.models.resnet import BasicBlock, Bottleneck, ResNet
 from afi_flax.models.shufflenet_v2 import ShuffleNetV2
 
-__all__ = ['AFI', 'create_model', 'list_models']
+__all__ = ['AFI', 'create_model', 'fusion_weights', 'list_models', 'stage_shapes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Backbone:
   """An entry of the table.
 
   Attributes:
-    make: (num_classes, fusions, attention, dtype) -> module.
+    make: (num_classes, fusions, attention, dtype, remat, features_only) -> module.
     num_stages: stages that can carry AFI, counted from 1; 0: a network that has no such form.
     reductions: r of the AFI and of the AFI-B form.
   """
@@ -98,7 +99,7 @@ BACKBONES: dict[str, Backbone] = {
   # The paper of ShuffleNetV2 has 244 where the 32-pixel variant has 224.
   'shufflenetv2_x2_0': _shufflenet((244, 488, 976, 2048), cifar=False),
   'densenet121': Backbone(
-    lambda fusions, attention, **kwargs: DenseNet((6, 12, 24, 16), **kwargs), num_stages=0
+    lambda fusions, attention, remat, **kwargs: DenseNet((6, 12, 24, 16), **kwargs), num_stages=0
   ),
 }
 
@@ -149,6 +150,9 @@ def create_model(
   num_classes: int = 1000,
   stages: Sequence[int] | None = None,
   dtype: str = 'float32',
+  se_bias: bool = False,
+  remat: str = 'none',
+  features_only: bool = False,
 ) -> nn.Module:
   """The network of that name.
 
@@ -164,31 +168,74 @@ def create_model(
     num_classes: K.
     stages: which stages, from 1, carry AFI; None: all. Only for `afi_*` networks.
     dtype: of the computation, 'float32' or 'bfloat16'.
+    se_bias: biases in Squeeze-and-Excitation, as timm's networks have them. Only for `se_*`.
+    remat: what is not kept for the gradient but computed again, so that training needs less memory:
+      'none', 'fusion' (what is elementwise: normalisation, ReLU, R and the concatenation) or
+      'block' (all inside a block).
+    features_only: leave the classifier out and return the last map of every stage, a list of
+      [B,H_i,W_i,C_i], for detection and segmentation heads; `stage_shapes` says which C_i. The
+      variables of the whole network fit.
 
   Returns:
     A Linen module, `init(key, images, train=False)` and `apply(variables, images, train=...)`:
     images f32 [B,H,W,3], normalised -> logits f32 [B,K].
 
   Raises:
-    UserError: unknown name, stages that the network does not have, or stages of a plain network.
+    UserError: unknown name, or an argument that has no meaning for the network.
   """
   if name not in _forms():
     raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
   form = _forms()[name]
   backbone = BACKBONES[form.backbone]
-  every = tuple(range(1, backbone.num_stages + 1))
-  if stages is not None and not form.setting:
-    raise UserError(f'model.stages {tuple(stages)} has no meaning for the plain network {name!r}')
-  chosen = every if stages is None else tuple(stages)
-  if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or (every and not chosen):
-    raise UserError(f'model.stages {chosen} must be some of {every}, each once, for {name!r}')
-  fusion = None
-  if form.setting:
-    reduction = backbone.reductions[form.setting == 'full']
-    fusion = Fusion(form.setting, reduction, form.fusion_attention)
+  _check_remat(form, backbone, remat)
+  if se_bias and form.block_attention != 'se':
+    raise UserError(f'model.se_bias has no meaning for {name!r}, which has no SE on its blocks')
+  attention = ATTENTIONS[form.block_attention] if form.block_attention else None
   return backbone.make(
     num_classes=num_classes,
-    fusions=tuple(fusion if i in chosen else None for i in every),
-    attention=form.block_attention,
+    fusions=_fusions(form, backbone, stages),
+    attention=functools.partial(attention, use_bias=True) if se_bias else attention,
     dtype=dtype,
+    remat=remat,
+    features_only=features_only,
   )
+
+
+def _fusions(
+  form: _Form, backbone: Backbone, stages: Sequence[int] | None
+) -> tuple[Fusion | None, ...]:
+  every = tuple(range(1, backbone.num_stages + 1))
+  if stages is not None and not form.setting:
+    raise UserError(f'model.stages {tuple(stages)} has no meaning for plain {form.name!r}')
+  chosen = every if stages is None else tuple(stages)
+  if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or (every and not chosen):
+    raise UserError(f'model.stages {chosen} must be some of {every}, each once, for {form.name!r}')
+  if not form.setting:
+    return (None,) * len(every)
+  reduction = backbone.reductions[form.setting == 'full']
+  attention = ATTENTIONS[form.fusion_attention] if form.fusion_attention else None
+  fusion = Fusion(form.setting, reduction, attention)
+  return tuple(fusion if i in chosen else None for i in every)
+
+
+def _check_remat(form: _Form, backbone: Backbone, remat: str) -> None:
+  if remat not in REMATS:
+    raise UserError(f'model.remat {remat!r} must be one of {", ".join(REMATS)}')
+  if remat != 'none' and not backbone.num_stages:
+    raise UserError(f"model.remat {remat!r} has no meaning for {form.name!r}; use 'none'")
+
+
+def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int]]:
+  """(channels, stride) of every map that a network made with `features_only` returns.
+
+  >>> stage_shapes(create_model('resnet50', features_only=True), image_size=64)
+  [(256, 4), (512, 8), (1024, 16), (2048, 32)]
+
+  Args:
+    model: the network.
+    image_size: side of the pictures, in pixels; strides are exact if it is a multiple of them.
+  """
+  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), 'float32')
+  init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
+  maps, _ = jax.eval_shape(init, images)
+  return [(x.shape[-1], image_size // x.shape[1]) for x in maps]

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from afi_flax.models.layers import fan_in_uniform, fan_in_uniform_bias, he_normal
+from afi_flax.models.layers import (
+  GlobalAveragePool,
+  fan_in_uniform,
+  fan_in_uniform_bias,
+  he_normal,
+)
 
 Array = jax.Array
 
@@ -34,7 +39,7 @@ class SE(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B,H,W,C] -> [B,H,W,C]."""
-    pooled = x.astype('float32').mean(axis=(1, 2))
+    pooled = GlobalAveragePool()(x)
     return _scale(x, mlp(pooled, self.reduction, self.use_bias)[:, None, None, :])
 
 
@@ -49,7 +54,7 @@ class GE(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B,H,W,C] -> [B,H,W,C], without parameters."""
-    return _scale(x, x.astype('float32').mean(axis=(1, 2), keepdims=True))
+    return _scale(x, GlobalAveragePool()(x)[:, None, None, :])
 
 
 class CBAM(nn.Module):
@@ -75,7 +80,7 @@ class CBAM(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[B,H,W,C] -> [B,H,W,C]."""
     exact = x.astype('float32')
-    pooled = jnp.stack([exact.mean(axis=(1, 2)), exact.max(axis=(1, 2))], axis=1)  # [B,2,C]
+    pooled = jnp.stack([GlobalAveragePool()(x), exact.max(axis=(1, 2))], axis=1)  # [B,2,C]
     x = _scale(x, mlp(pooled, self.reduction, use_bias=False).sum(axis=1)[:, None, None, :])
     exact = x.astype('float32')
     planes = jnp.stack([exact.mean(axis=-1), exact.max(axis=-1)], axis=-1)  # [B,H,W,2]
@@ -114,7 +119,7 @@ class ECA(nn.Module):
     """[B,H,W,C] -> [B,H,W,C]."""
     size = int(abs((math.log2(x.shape[-1]) + self.b) / self.gamma))
     size += 1 - size % 2
-    pooled = x.astype('float32').mean(axis=(1, 2))[..., None]  # [B,C,1]
+    pooled = GlobalAveragePool()(x)[..., None]  # [B,C,1]
     scores = nn.Conv(
       1,
       (size,),

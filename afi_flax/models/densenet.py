@@ -22,16 +22,19 @@ class DenseNet(nn.Module):
     num_classes: K.
     dtype: of the computation; parameters, statistics, pooling and logits stay float32.
     growth: channels that a layer adds.
+    features_only: return the last map of every dense block, without classifier.
   """
 
   blocks: Sequence[int]
   num_classes: int
   dtype: Dtype = 'float32'
   growth: int = 32
+  features_only: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """[B,H,W,3], normalised -> logits f32 [B,K]."""
+  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every dense block."""
+    maps = []
     x = ConvBN(2 * self.growth, 7, 2, dtype=self.dtype, name='stem')(x.astype(self.dtype), train)
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for i, num_layers in enumerate(self.blocks, start=1):
@@ -45,5 +48,8 @@ class DenseNet(nn.Module):
         y = ConvBN(4 * self.growth, 1, dtype=self.dtype, name=f'{name}_conv1')(y, train)
         y = conv(self.growth, 3, dtype=self.dtype, name=f'{name}_conv2')(y)
         x = jnp.concatenate([x, y], axis=-1)
+      maps.append(x)
+    if self.features_only:
+      return maps
     x = BNReLU(self.dtype, name='last_bn')(x, train)
     return Head(self.num_classes, name='head')(x)

@@ -10,23 +10,42 @@ wide (`Fusion('half')`, the paper's first setting) or the second one sees twice 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from afi_flax.models.attention import ATTENTIONS, mlp
+from afi_flax.models.attention import mlp
+from afi_flax.models.layers import GlobalAveragePool
 
 Array = jax.Array
+Attention = Callable[..., nn.Module]  # makes a module of `attention.py`, given its name
+REMATS = ('none', 'fusion', 'block')
 
 
-class Feature(NamedTuple):
-  """A feature map that later blocks of the stage reuse, and its pooled form, computed once."""
+class Features(NamedTuple):
+  """The feature maps that the blocks of a stage reuse, each pooled once, when it is made.
 
-  map: Array  # X_i [B,H,W,c]
-  pooled: Array  # z_i f32 [B,c]
+  `pooled` has a row for every map that the stage will have, so that all its blocks score arrays of
+  one shape: XLA compiles a kernel once for each shape, here once a stage and not once a block.
+  """
+
+  maps: tuple[Array, ...]  # X_1 .. X_N, each [B,H,W,c]
+  pooled: Array  # z f32 [B,M,c], M >= N; rows from N on are zeros
+
+  @classmethod
+  def room_for(cls, rows: int, x: Array) -> 'Features':
+    """None yet, of a stage that will have `rows` maps like x."""
+    return cls((), jnp.zeros([x.shape[0], rows, x.shape[-1]]))
+
+  def add(self, x: Array) -> 'Features':
+    """With X_{N+1}, which is pooled here."""
+    if self.maps and x.shape != self.maps[0].shape:
+      raise ValueError(f'AFI integrates maps of one shape, got {self.maps[0].shape} and {x.shape}')
+    row = len(self.maps)
+    return Features((*self.maps, x), self.pooled.at[:, row].set(GlobalAveragePool()(x)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +56,12 @@ class Fusion:
     width: 'half': the first convolution keeps half its plain width and R fills the other half
       (AFI). 'full': it keeps its whole width and the second one takes twice as many (AFI-B).
     reduction: r, the bottleneck of the scoring network W2 relu(W1 z).
-    attention: what is applied to R before the concatenation, one of `attention.ATTENTIONS`, or ''.
+    attention: makes what is applied to R before the concatenation: a class of `attention.py`.
   """
 
   width: Literal['half', 'full'] = 'half'
   reduction: int = 4
-  attention: str = ''
+  attention: Attention | None = None
 
   def own_channels(self, width: int) -> int:
     """Channels c of X_k and R_k, where the plain network's first convolution has `width`."""
@@ -92,30 +111,58 @@ class AFI(nn.Module):
   reduction: int = 4
 
   @nn.compact
-  def __call__(self, features: Sequence[Array | Feature]) -> Array:
-    """N >= 1 maps [B,H,W,c] (or Features, pooled already) -> R [B,H,W,c], of the maps' dtype."""
-    if not features:
-      raise ValueError('AFI integrates at least one feature map, got none')
-    features = [f if isinstance(f, Feature) else pool(f) for f in features]
-    shapes = {f.map.shape for f in features}
-    if len(shapes) > 1:
-      raise ValueError(f'AFI integrates maps of one shape, got {sorted(shapes)}')
-    pooled = jnp.stack([f.pooled for f in features], axis=1)  # z [B,N,c]
-    scores = mlp(pooled, self.reduction, use_bias=False)
-    weights = nn.softmax(scores, axis=1)  # s~ [B,N,c], eq. 1
+  def __call__(self, features: Sequence[Array] | Features) -> Array:
+    """N >= 1 maps [B,H,W,c], or Features, pooled already -> R [B,H,W,c], of the maps' dtype."""
+    if not isinstance(features, Features):
+      features = _all_at_once(features)
+    scores = mlp(features.pooled, self.reduction, use_bias=False)
+    number, rows = len(features.maps), scores.shape[1]
+    filled = (jnp.arange(rows) < number)[None, :, None]
+    weights = nn.softmax(scores, axis=1, where=filled)[:, :number]  # s~ [B,N,c], eq. 1
     self.sow('intermediates', 'weights', weights)
-    return weighted_sum(weights, [f.map for f in features])  # eq. 2
+    return weighted_sum(weights, features.maps)  # eq. 2
+
+
+def _all_at_once(maps: Sequence[Array]) -> Features:
+  if not maps:
+    raise ValueError('AFI integrates at least one feature map, got none')
+  features = Features.room_for(len(maps), maps[0])
+  for x in maps:
+    features = features.add(x)
+  return features
+
+
+def fusion_weights(intermediates: Mapping[str, Any]) -> dict[str, Array]:
+  """s~ of every block, from the forward pass that computed it anyway.
+
+  >>> import jax, jax.numpy as jnp
+  >>> from afi_flax.models import create_model
+  >>> model = create_model('afi_resnet20', num_classes=10)
+  >>> images = jnp.zeros([2, 32, 32, 3])
+  >>> def forward(key):
+  ...   variables = model.init(key, images, train=False)
+  ...   return model.apply(variables, images, train=False, mutable='intermediates')
+  >>> logits, sown = jax.eval_shape(forward, jax.random.key(0))
+  >>> {name: s.shape for name, s in fusion_weights(sown['intermediates']).items()}['stage3_block3']
+  (2, 2, 32)
+
+  Args:
+    intermediates: what `apply(..., mutable='intermediates')` returns beside the logits.
+
+  Returns:
+    {block: s~ f32 [B,N,c]}, which sums to 1 over its N sources, in the network's order.
+  """
+  return {
+    name: block['fuse']['afi']['weights'][0]
+    for name, block in intermediates.items()
+    if 'fuse' in block
+  }
 
 
 def weighted_sum(weights: Array, maps: Sequence[Array]) -> Array:
   """sum_i weights[:, i] * maps[i]: [B,N,c] f32 and N of [B,H,W,c] -> [B,H,W,c], summed in f32."""
   total = sum(weights[:, i, None, None, :] * x for i, x in enumerate(maps))
   return total.astype(maps[0].dtype)
-
-
-def pool(x: Array) -> Feature:
-  """The map with its global average pool, f32."""
-  return Feature(x, x.astype('float32').mean(axis=(1, 2)))
 
 
 def fit(x: Array, size: tuple[int, int], channels: int) -> Array:
@@ -147,16 +194,17 @@ class Fuse(nn.Module):
   groups: int = 1
 
   @nn.compact
-  def __call__(self, x: Array, features: Sequence[Feature]) -> Array:
+  def __call__(self, x: Array, features: Features) -> Array:
     """X_k [B,H,W,c] and the stage's earlier features -> [B,H,W,2c]."""
     reused = AFI(self.fusion.reduction, name='afi')(features)
     if self.fusion.attention:
-      reused = ATTENTIONS[self.fusion.attention](name=self.fusion.attention)(reused)
+      reused = self.fusion.attention(name='attention')(reused)
     if self.fusion.width == 'half' or self.groups == 1:
-      return jnp.concatenate([x, reused], axis=-1)
-    grouped = (*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
-    both = jnp.concatenate([x.reshape(grouped), reused.reshape(grouped)], axis=-1)
-    return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
+      fused = jnp.concatenate([x, reused], axis=-1)
+    else:
+      grouped = (*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+      fused = jnp.concatenate([x.reshape(grouped), reused.reshape(grouped)], axis=-1)
+    return fused.reshape(*x.shape[:-1], 2 * x.shape[-1])
 
 
 def run_stage(
@@ -166,6 +214,7 @@ def run_stage(
   width: int,
   fusion: Fusion | None,
   train: bool,
+  remat: str = 'none',
 ) -> Array:
   """Runs the blocks of one stage and carries their features from each to the next.
 
@@ -178,13 +227,34 @@ def run_stage(
     width: w, the plain width of the first convolution in blocks 2 to n.
     fusion: None for a plain stage. Block 1 is plain in any case: it has nothing to reuse.
     train: whether batch norm uses the batch's statistics.
+    remat: what is computed again for the gradient and not kept until then. 'fusion': what is
+      elementwise, that is, normalisation, ReLU, R and the concatenation; convolutions and sums are
+      kept. 'block': all inside a block but its output and X_k.
 
   Returns:
     The last block's output.
   """
-  features: list[Feature] = []
+  features = None
   for k in range(num_blocks):
-    x, made = make_block(k, fusion if k > 0 else None)(x, features, train)
+    block = make_block(k, fusion if k > 0 else None)
+    x, made = _rematted(remat, train)(block, x, features)
     if fusion is not None and k + 1 < num_blocks:
-      features.append(pool(fit(made, x.shape[1:3], fusion.own_channels(width))))
+      made = fit(made, x.shape[1:3], fusion.own_channels(width))
+      features = (features or Features.room_for(num_blocks - 1, made)).add(made)
   return x
+
+
+def _rematted(remat: str, train: bool) -> Callable:
+  """(block, x, features) -> what the block returns, keeping as much for the gradient as asked."""
+
+  def call(block, x, features):
+    return block(x, features, train)
+
+  if remat == 'none':
+    return call
+  return nn.remat(call, policy=_is_reduction if remat == 'fusion' else None)
+
+
+def _is_reduction(primitive, *_, **__) -> bool:
+  """Whether every number of the result is made of many: costly to make again."""
+  return primitive.name in ('conv_general_dilated', 'dot_general', 'reduce_sum', 'reduce_max')

@@ -103,6 +103,15 @@ def batch_norm(train: bool, dtype: Dtype, name: str) -> nn.BatchNorm:
   )
 
 
+class GlobalAveragePool(nn.Module):
+  """The mean over all pixels, in float32. A module so that `cost` sees it."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B,H,W,C] -> f32 [B,C]."""
+    return x.astype('float32').mean(axis=(1, 2))
+
+
 class Head(nn.Module):
   """Global average pool and the classifier, in float32.
 
@@ -115,7 +124,7 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B,H,W,C] -> logits f32 [B,K]."""
-    x = x.astype('float32').mean(axis=(1, 2))
+    x = GlobalAveragePool()(x)
     return nn.Dense(
       self.num_classes,
       kernel_init=fan_in_uniform,

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from afi_flax.models.attention import ATTENTIONS
-from afi_flax.models.fusion import Feature, Fuse, Fusion, run_stage
+from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
 Array = jax.Array
@@ -38,7 +37,7 @@ class InvertedResidual(nn.Module):
     strides: of the depthwise convolution.
     cifar: the 32-pixel form.
     fusion: None: the plain block.
-    attention: on the projection, before the addition; '': none.
+    attention: makes one, on the projection, before the addition; None: none.
     dtype: of the computation.
   """
 
@@ -47,11 +46,11 @@ class InvertedResidual(nn.Module):
   strides: int
   cifar: bool
   fusion: Fusion | None = None
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
+  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',features] and X_k [B,H,W,c]."""
     width = self.expansion * x.shape[-1]
     own = self.fusion.own_channels(width) if self.fusion else width
@@ -63,7 +62,7 @@ class InvertedResidual(nn.Module):
     y = ConvBN(width, 3, self.strides, width, activation, self.dtype, name='depthwise')(y, train)
     y = ConvBN(self.features, 1, activation='', dtype=self.dtype, name='project')(y, train)
     if self.attention:
-      y = ATTENTIONS[self.attention](name=self.attention)(y)
+      y = self.attention(name='attention')(y)
     if x.shape == y.shape:
       y = y + x
     elif self.cifar and self.strides == 1:
@@ -78,27 +77,31 @@ class MobileNetV2(nn.Module):
     cifar: the 32-pixel form: strides 1 in stem and second stage.
     num_classes: K.
     fusions: one for each stage; None leaves a stage plain. Stages of one block are always plain.
-    attention: on every block's projection; '': none.
+    attention: makes one, on every block's projection; None: none.
     dtype: of the computation; parameters, statistics, pooling and logits stay float32.
+    remat: what is computed again for the gradient, see `fusion.run_stage`.
+    features_only: return the stages' maps, without classifier.
     multiplier: of all widths, which are rounded to multiples of 8.
   """
 
   cifar: bool
   num_classes: int
   fusions: Sequence[Fusion | None]
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
+  remat: str = 'none'
+  features_only: bool = False
   multiplier: float = 1.0
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """[B,H,W,3], normalised -> logits f32 [B,K]."""
+  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage."""
     activation = 'relu' if self.cifar else 'relu6'
     stem = round_width(32 * self.multiplier)
     x = ConvBN(stem, 3, 1 if self.cifar else 2, 1, activation, self.dtype, name='stem')(
       x.astype(self.dtype), train
     )
-    stages = CIFAR_STAGES if self.cifar else IMAGENET_STAGES
+    maps, stages = [], CIFAR_STAGES if self.cifar else IMAGENET_STAGES
     for i, ((t, c, n, s), fusion) in enumerate(zip(stages, self.fusions, strict=True), start=1):
       channels = round_width(c * self.multiplier)
 
@@ -114,7 +117,10 @@ class MobileNetV2(nn.Module):
           name=f'stage{i}_block{k + 1}',
         )
 
-      x = run_stage(make_block, n, x, t * channels, fusion, train)
+      x = run_stage(make_block, n, x, t * channels, fusion, train, self.remat)
+      maps.append(x)
+    if self.features_only:
+      return maps
     last = round_width(1280 * max(1.0, self.multiplier))
     x = ConvBN(last, 1, activation=activation, dtype=self.dtype, name='last')(x, train)
     return Head(self.num_classes, name='head')(x)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from afi_flax.models.attention import ATTENTIONS
-from afi_flax.models.fusion import Feature, Fuse, Fusion, run_stage
+from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
 Array = jax.Array
@@ -24,18 +23,18 @@ class BasicBlock(nn.Module):
     width: channels of both convolutions in the plain network, and of the output.
     strides: of the first convolution.
     fusion: None: the plain block.
-    attention: on the residual branch, before the addition; '': none.
+    attention: makes one, on the residual branch, before the addition; None: none.
     dtype: of the computation.
   """
 
   width: int
   strides: int = 1
   fusion: Fusion | None = None
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
+  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',width] and X_k [B,H',W',c]."""
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 3, self.strides, dtype=self.dtype, name='conv1')(x, train)
@@ -51,7 +50,7 @@ class Bottleneck(nn.Module):
     width: channels of the 3x3 in the plain network.
     strides: of the 3x3.
     fusion: None: the plain block.
-    attention: on the residual branch, before the addition; '': none.
+    attention: makes one, on the residual branch, before the addition; None: none.
     dtype: of the computation.
     groups: of the 3x3.
     expansion: output channels over width.
@@ -60,13 +59,13 @@ class Bottleneck(nn.Module):
   width: int
   strides: int = 1
   fusion: Fusion | None = None
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
   groups: int = 1
   expansion: int = 4
 
   @nn.compact
-  def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
+  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',expansion * width] and X_k [B,H,W,c]."""
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 1, dtype=self.dtype, name='conv1')(x, train)
@@ -80,7 +79,7 @@ class Bottleneck(nn.Module):
 def _add_shortcut(block: BasicBlock | Bottleneck, x: Array, y: Array, train: bool) -> Array:
   """relu(attention(y) + x), x through 1x1 convolution + BN where the shape changes."""
   if block.attention:
-    y = ATTENTIONS[block.attention](name=block.attention)(y)
+    y = block.attention(name='attention')(y)
   if x.shape != y.shape:
     x = ConvBN(y.shape[-1], 1, block.strides, activation='', dtype=block.dtype, name='shortcut')(
       x, train
@@ -99,8 +98,10 @@ class ResNet(nn.Module):
       max-pool with stride 2.
     num_classes: K.
     fusions: one for each stage; None leaves a stage plain.
-    attention: on every block's residual branch; '': none.
+    attention: makes one, on every block's residual branch; None: none.
     dtype: of the computation; parameters, statistics, pooling and logits stay float32.
+    remat: what is computed again for the gradient, see `fusion.run_stage`.
+    features_only: return the stages' maps, without classifier.
     stem_width: channels of the stem.
     stem_kernel: of the 'cifar' stem.
   """
@@ -111,15 +112,17 @@ class ResNet(nn.Module):
   stem: str
   num_classes: int
   fusions: Sequence[Fusion | None]
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
+  remat: str = 'none'
+  features_only: bool = False
   stem_width: int = 64
   stem_kernel: int = 3
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """[B,H,W,3], normalised -> logits f32 [B,K]."""
-    x = x.astype(self.dtype)
+  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage."""
+    maps, x = [], x.astype(self.dtype)
     if self.stem == 'cifar':
       x = ConvBN(self.stem_width, self.stem_kernel, dtype=self.dtype, name='stem')(x, train)
     else:
@@ -134,5 +137,8 @@ class ResNet(nn.Module):
         name = f'stage{i}_block{k + 1}'
         return self.block(width, strides, block_fusion, self.attention, self.dtype, name=name)
 
-      x = run_stage(make_block, num_blocks, x, width, fusion, train)
+      x = run_stage(make_block, num_blocks, x, width, fusion, train, self.remat)
+      maps.append(x)
+    if self.features_only:
+      return maps
     return Head(self.num_classes, name='head')(x)

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from afi_flax.models.attention import ATTENTIONS
-from afi_flax.models.fusion import Feature, Fuse, Fusion, run_stage
+from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
 Array = jax.Array
@@ -28,18 +27,18 @@ class Unit(nn.Module):
     width: channels of each branch: half of the output's.
     down: a down unit.
     fusion: None: the plain unit.
-    attention: on the right branch's result; '': none.
+    attention: makes one, on the right branch's result; None: none.
     dtype: of the computation.
   """
 
   width: int
   down: bool
   fusion: Fusion | None = None
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, features: Sequence[Feature], train: bool) -> tuple[Array, Array]:
+  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',2 * width] and X_k [B,H,W,c]."""
     width, strides = self.width, 2 if self.down else 1
     own = self.fusion.own_channels(width) if self.fusion else width
@@ -55,7 +54,7 @@ class Unit(nn.Module):
     y = ConvBN(width, 3, strides, width, '', self.dtype, name='depthwise')(y, train)
     y = ConvBN(width, 1, dtype=self.dtype, name='conv2')(y, train)
     if self.attention:
-      y = ATTENTIONS[self.attention](name=self.attention)(y)
+      y = self.attention(name='attention')(y)
     return shuffle(jnp.concatenate([left, y], axis=-1)), made
 
 
@@ -77,21 +76,25 @@ class ShuffleNetV2(nn.Module):
     cifar: the 32-pixel form: the stem has stride 1 and no max-pool follows.
     num_classes: K.
     fusions: one for each stage; None leaves a stage plain.
-    attention: on every right branch; '': none.
+    attention: makes one, on every right branch; None: none.
     dtype: of the computation; parameters, statistics, pooling and logits stay float32.
+    remat: what is computed again for the gradient, see `fusion.run_stage`.
+    features_only: return the stages' maps, without classifier.
   """
 
   widths: tuple[int, int, int, int]
   cifar: bool
   num_classes: int
   fusions: Sequence[Fusion | None]
-  attention: str = ''
+  attention: Attention | None = None
   dtype: Dtype = 'float32'
+  remat: str = 'none'
+  features_only: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """[B,H,W,3], normalised -> logits f32 [B,K]."""
-    x = x.astype(self.dtype)
+  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage."""
+    maps, x = [], x.astype(self.dtype)
     x = ConvBN(24, 3, 1 if self.cifar else 2, dtype=self.dtype, name='stem')(x, train)
     if not self.cifar:
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
@@ -104,6 +107,9 @@ class ShuffleNetV2(nn.Module):
         name = f'stage{i}_block{k + 1}'
         return Unit(width, k == 0, block_fusion, self.attention, self.dtype, name=name)
 
-      x = run_stage(make_block, n, x, channels // 2, fusion, train)
+      x = run_stage(make_block, n, x, channels // 2, fusion, train, self.remat)
+      maps.append(x)
+    if self.features_only:
+      return maps
     x = ConvBN(last, 1, dtype=self.dtype, name='last')(x, train)
     return Head(self.num_classes, name='head')(x)

@@ -1,10 +1,14 @@
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from afi_flax.models import fusion
+from afi_flax.models.attention import GE
 from afi_flax.models.fusion import AFI, Fusion
 
 
@@ -71,10 +75,26 @@ def test_bfloat16_maps_are_weighted_in_float32():
 
 def test_pooled_features_are_not_pooled_again():
   module, variables, maps = make(3, 8, 4)
-  features = [fusion.pool(x) for x in maps]
-  np.testing.assert_array_equal(module.apply(variables, features), module.apply(variables, maps))
-  moved = [f._replace(pooled=f.pooled + i) for i, f in enumerate(features)]
+  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in maps], axis=1)
+  features = fusion.Features(tuple(maps), pooled)
+  np.testing.assert_allclose(
+    module.apply(variables, features), module.apply(variables, maps), rtol=1e-5
+  )
+  moved = features._replace(pooled=pooled + jnp.arange(3.0)[None, :, None])
   assert not np.allclose(module.apply(variables, moved), module.apply(variables, maps))
+
+
+def test_rows_that_are_not_filled_count_for_nothing():
+  module, variables, maps = make(3, 8, 4)
+  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in maps], axis=1)
+  more = jnp.concatenate([pooled, jnp.full([2, 4, 8], 100.0)], axis=1)
+  want, sown = module.apply(variables, maps, mutable='intermediates')
+  got, also_sown = module.apply(
+    variables, fusion.Features(tuple(maps), more), mutable='intermediates'
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for weights, wanted in zip(jax.tree.leaves(also_sown), jax.tree.leaves(sown), strict=True):
+    np.testing.assert_allclose(weights, wanted, rtol=1e-5)
 
 
 def test_refuses_nothing_and_maps_of_several_shapes():
@@ -101,9 +121,9 @@ def test_fit():
 def test_fuse_gives_every_group_its_part_of_both(width, groups):
   """One earlier feature: R is that feature, so the order of the channels can be read off."""
   x = jnp.broadcast_to(jnp.arange(4.0), [1, 3, 3, 4])  # X_k: 0 1 2 3
-  earlier = fusion.pool(x + 10)  # R: 10 11 12 13
+  earlier = [x + 10]  # R: 10 11 12 13
   fuse = fusion.Fuse(Fusion(width), groups)
-  y, _ = fuse.init_with_output(jax.random.key(0), x, [earlier])
+  y, _ = fuse.init_with_output(jax.random.key(0), x, earlier)
   interleaved = width == 'full' and groups == 2
   want = [0, 1, 10, 11, 2, 3, 12, 13] if interleaved else [0, 1, 2, 3, 10, 11, 12, 13]
   np.testing.assert_allclose(y[0, 1, 1], want)
@@ -111,33 +131,41 @@ def test_fuse_gives_every_group_its_part_of_both(width, groups):
 
 def test_fuse_applies_its_attention_to_the_result_only():
   x = jnp.ones([1, 3, 3, 4])
-  earlier = fusion.pool(2 * x)
-  y, _ = fusion.Fuse(Fusion('half', attention='ge')).init_with_output(
-    jax.random.key(0), x, [earlier]
-  )
+  y, _ = fusion.Fuse(Fusion('half', attention=GE)).init_with_output(jax.random.key(0), x, [2 * x])
   np.testing.assert_allclose(y[0, 0, 0], [1] * 4 + [2 / (1 + np.exp(-2))] * 4, rtol=1e-6)
 
 
-def make_probe(seen):
-  """Blocks that note what they are given; block 1 strides after its X_1, as in a bottleneck."""
+class Probe(nn.Module):
+  """A stage whose blocks tell what they are given; block 1 strides after its X_1.
 
-  def make_block(k, setting):
-    def block(x, features, train):
-      seen[k] = (setting, [f.map.shape for f in features])
-      made = jnp.ones([*x.shape[:3], setting.own_channels(8) if setting else 8])
-      return (x[:, ::2, ::2] if k == 0 else x), made
+  Attributes:
+    tell: called with (setting, shapes of the features), block after block.
+    num_blocks: n.
+    setting: of the stage.
+  """
 
-    return block
+  tell: Callable
+  num_blocks: int
+  setting: Fusion | None
 
-  return make_block
+  @nn.compact
+  def __call__(self, x):
+    def make_block(k, setting):
+      def block(x, features, train):
+        self.tell((setting, [m.shape for m in features.maps] if features else []))
+        made = jnp.ones([*x.shape[:3], setting.own_channels(8) if setting else 8])
+        return (x[:, ::2, ::2] if k == 0 else x), made
+
+      return block
+
+    return fusion.run_stage(make_block, self.num_blocks, x, 8, self.setting, train=False)
 
 
 @pytest.mark.parametrize(('setting', 'channels'), [('half', 4), ('full', 8)])
 def test_stage_hands_every_block_all_earlier_features(setting, channels):
-  seen = {}
+  seen = []
   setting = Fusion(setting)
-  x = jnp.zeros([1, 8, 8, 16])
-  y = fusion.run_stage(make_probe(seen), 4, x, 8, setting, train=False)
+  y = Probe(seen.append, 4, setting).apply({}, jnp.zeros([1, 8, 8, 16]))
   assert y.shape == (1, 4, 4, 16)
   assert seen[0] == (None, [])
   for k in (1, 2, 3):
@@ -145,9 +173,9 @@ def test_stage_hands_every_block_all_earlier_features(setting, channels):
 
 
 def test_plain_stage_carries_nothing():
-  seen = {}
-  fusion.run_stage(make_probe(seen), 3, jnp.zeros([1, 8, 8, 16]), 8, None, train=False)
-  assert all(given == (None, []) for given in seen.values())
+  seen = []
+  Probe(seen.append, 3, None).apply({}, jnp.zeros([1, 8, 8, 16]))
+  assert seen == [(None, [])] * 3
 
 
 def test_works_in_an_nnx_network():

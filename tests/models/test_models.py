@@ -1,3 +1,4 @@
+import functools
 import json
 import pathlib
 
@@ -6,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from afi_flax import steps
 from afi_flax.errors import UserError
-from afi_flax.models import BACKBONES, _forms, create_model, list_models
+from afi_flax.models import (
+  BACKBONES,
+  _forms,
+  create_model,
+  fusion_weights,
+  list_models,
+  stage_shapes,
+)
+from afi_flax.models.fusion import Fusion
+from afi_flax.models.resnet import BasicBlock, ResNet
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden_counts.json').read_text())
 
@@ -138,6 +149,115 @@ def test_chosen_stages():
 def test_refuses(name, stages, says):
   with pytest.raises(UserError, match=says):
     create_model(name, stages=stages)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arguments', 'says'),
+  [
+    ('resnet32', {'se_bias': True}, 'no SE on its blocks'),
+    ('afi_mobilenetv2_cifar_se', {'se_bias': True}, 'no SE on its blocks'),
+    ('resnet32', {'remat': 'all'}, 'one of none, fusion, block'),
+    ('densenet121', {'remat': 'block'}, "no meaning for 'densenet121'"),
+  ],
+)
+def test_refuses_arguments(name, arguments, says):
+  with pytest.raises(UserError, match=says):
+    create_model(name, **arguments)
+
+
+def test_se_with_biases():
+  """timm's seresnet50 has 28,088,024 parameters: 2 x 2,560 / 16 ... biases more than ours."""
+  variables, _ = abstract('se_resnet50', 1000, 32, se_bias=True)
+  assert count(variables['params']) == 28_088_024
+
+
+@pytest.mark.parametrize(
+  ('name', 'size', 'shapes'),
+  [
+    ('afi_resnet20', 32, [(16, 1), (32, 2), (64, 4)]),
+    ('resnet50', 64, [(256, 4), (512, 8), (1024, 16), (2048, 32)]),
+    (
+      'afi_mobilenetv2',
+      64,
+      [(16, 2), (24, 4), (32, 8), (64, 16), (96, 16), (160, 32), (320, 32)],
+    ),
+    ('afi_shufflenetv2_x1_0', 64, [(116, 8), (232, 16), (464, 32)]),
+    ('densenet121', 64, [(256, 4), (512, 8), (1024, 16), (1024, 32)]),
+  ],
+)
+def test_features_only(name, size, shapes):
+  assert stage_shapes(create_model(name, features_only=True), size) == shapes
+
+
+def tiny(**arguments):
+  return ResNet((3, 2), (8, 16), BasicBlock, 'cifar', 10, (Fusion(), Fusion()), **arguments)
+
+
+@functools.cache
+def tiny_variables():
+  """Variables of the tiny network that are not at their initial values, and pictures."""
+  images = jax.random.normal(jax.random.key(1), [2, 8, 8, 3])
+  options = {'xla_backend_optimization_level': 0}
+  init = jax.jit(
+    lambda: tiny().init(jax.random.key(0), images, train=False), compiler_options=options
+  )
+  variables = init()
+  params = jax.tree.map(lambda x: 1.5 * x + 0.1, variables['params'])
+  return {**variables, 'params': params}, images
+
+
+def test_features_are_those_of_the_whole_network():
+  variables, images = tiny_variables()
+  apply = jax.jit(lambda model: model.apply(variables, images, train=False), static_argnums=0)
+  maps = apply(tiny(features_only=True))
+  assert [x.shape for x in maps] == [(2, 8, 8, 8), (2, 4, 4, 16)]
+  dense = variables['params']['head']['dense']
+  want = maps[-1].mean(axis=(1, 2)) @ dense['kernel'] + dense['bias'][None]
+  got = apply(tiny())
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_fusion_weights_come_with_the_logits():
+  variables, images = tiny_variables()
+  apply = jax.jit(lambda v: tiny().apply(v, images, train=False, mutable='intermediates'))
+  logits, sown = apply(variables)
+  assert logits.shape == (2, 10)
+  weights = fusion_weights(sown['intermediates'])
+  assert {name: w.shape for name, w in weights.items()} == {
+    'stage1_block2': (2, 1, 4),
+    'stage1_block3': (2, 2, 4),
+    'stage2_block2': (2, 1, 8),
+  }
+  for w in weights.values():
+    np.testing.assert_allclose(w.sum(axis=1), 1, rtol=1e-6)
+
+
+def gradients(remat):
+  """A compiled gradient as training takes it, and what it is taken at."""
+  variables, images = tiny_variables()
+
+  def loss(params):
+    logits, updated = tiny(remat=remat).apply(
+      {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+    )
+    return (logits**2).mean(), updated
+
+  options = steps.compiler_options(remat)
+  compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+  return compiled.lower(variables['params']).compile(), variables['params']
+
+
+def test_remat_saves_memory_and_changes_nothing():
+  compiled, params = gradients('none')
+  want = compiled(params)
+  memory = [compiled.memory_analysis().temp_size_in_bytes]
+  for remat in ('fusion', 'block'):
+    compiled, params = gradients(remat)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), compiled(params), want
+    )
+    memory.append(compiled.memory_analysis().temp_size_in_bytes)
+  assert memory[0] > memory[1] > memory[2]
 
 
 def test_list_models_filters():
