@@ -234,7 +234,8 @@ def test_fusion_weights_come_with_the_logits():
 
 def gradients(remat):
   """A compiled gradient as training takes it, and what it is taken at."""
-  variables, images = tiny_variables()
+  variables, _ = tiny_variables()
+  images = jax.random.normal(jax.random.key(2), [8, 16, 16, 3])  # activations, not weights, weigh
 
   def loss(params):
     logits, updated = tiny(remat=remat).apply(
