@@ -26,7 +26,14 @@ from afi_flax.models.mobilenet_v2 import MobileNetV2
 from afi_flax.models.resnet import BasicBlock, Bottleneck, ResNet
 from afi_flax.models.shufflenet_v2 import ShuffleNetV2
 
-__all__ = ['AFI', 'create_model', 'fusion_weights', 'list_models', 'stage_shapes']
+__all__ = [
+  'AFI',
+  'create_model',
+  'fusion_weights',
+  'image_size',
+  'list_models',
+  'stage_shapes',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,32 +44,37 @@ class Backbone:
     make: (num_classes, fusions, attention, dtype, remat, features_only) -> module.
     num_stages: stages that can carry AFI, counted from 1; 0: a network that has no such form.
     reductions: r of the AFI and of the AFI-B form.
+    image_size: side of the pictures that it is made for, in pixels.
   """
 
   make: Callable[..., nn.Module]
   num_stages: int
   reductions: tuple[int, int] = (4, 16)
+  image_size: int = 224
 
 
 def _resnet(blocks: Sequence[int], block, stem: str = 'imagenet', width: int = 64) -> Backbone:
   widths = tuple(width * 2**i for i in range(len(blocks)))
-  return Backbone(functools.partial(ResNet, blocks, widths, block, stem), len(blocks))
+  make = functools.partial(ResNet, blocks, widths, block, stem)
+  return Backbone(make, len(blocks), image_size=32 if stem == 'cifar' else 224)
 
 
 def _cifar_resnet(depth: int) -> Backbone:
   """ResNet-(6N+2)."""
   blocks = ((depth - 2) // 6,) * 3
   make = functools.partial(ResNet, blocks, (16, 32, 64), BasicBlock, 'cifar', stem_width=16)
-  return Backbone(make, num_stages=3)
+  return Backbone(make, num_stages=3, image_size=32)
 
 
 def _shufflenet(widths: tuple[int, int, int, int], cifar: bool) -> Backbone:
-  return Backbone(functools.partial(ShuffleNetV2, widths, cifar), num_stages=3)
+  make = functools.partial(ShuffleNetV2, widths, cifar)
+  return Backbone(make, num_stages=3, image_size=32 if cifar else 224)
 
 
 def _mobilenet(cifar: bool, multiplier: float = 1.0) -> Backbone:
   make = functools.partial(MobileNetV2, cifar, multiplier=multiplier)
-  return Backbone(make, num_stages=7, reductions=(16, 16))
+  size = 32 if cifar else 224
+  return Backbone(make, num_stages=7, reductions=(16, 16), image_size=size)
 
 
 _RESNEXT_BLOCK = functools.partial(Bottleneck, groups=32, expansion=2)
@@ -87,6 +99,7 @@ BACKBONES: dict[str, Backbone] = {
     functools.partial(ResNet, (3, 3, 3), (128, 256, 512), _RESNEXT_BLOCK, 'cifar', stem_kernel=1),
     num_stages=3,
     reductions=(4, 8),
+    image_size=32,
   ),
   'resnext50_32x4d': _resnet((3, 4, 6, 3), _RESNEXT_BLOCK, width=128),
   'mobilenetv2_cifar': _mobilenet(cifar=True),
@@ -143,6 +156,13 @@ def list_models(pattern: str = '*') -> list[str]:
   ['afi_resnet32', 'afi_se_resnet32', 'resnet32', 'se_resnet32']
   """
   return sorted(fnmatch.filter(_forms(), pattern))
+
+
+def image_size(name: str) -> int:
+  """Side of the pictures that the network is made for, in pixels: 32 or 224."""
+  if name not in _forms():
+    raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
+  return BACKBONES[_forms()[name].backbone].image_size
 
 
 def create_model(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from afi_flax.models.attention import mlp
-from afi_flax.models.layers import GlobalAveragePool
+from afi_flax.models.layers import global_average
 
 Array = jax.Array
 Attention = Callable[..., nn.Module]  # makes a module of `attention.py`, given its name
@@ -45,7 +45,7 @@ class Features(NamedTuple):
     if self.maps and x.shape != self.maps[0].shape:
       raise ValueError(f'AFI integrates maps of one shape, got {self.maps[0].shape} and {x.shape}')
     row = len(self.maps)
-    return Features((*self.maps, x), self.pooled.at[:, row].set(GlobalAveragePool()(x)))
+    return Features((*self.maps, x), self.pooled.at[:, row].set(global_average(x)))
 
 
 @dataclasses.dataclass(frozen=True)

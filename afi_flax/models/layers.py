@@ -103,13 +103,18 @@ def batch_norm(train: bool, dtype: Dtype, name: str) -> nn.BatchNorm:
   )
 
 
+def global_average(x: Array) -> Array:
+  """The mean over all pixels: [B,H,W,C] -> f32 [B,C]."""
+  return x.astype('float32').mean(axis=(1, 2))
+
+
 class GlobalAveragePool(nn.Module):
-  """The mean over all pixels, in float32. A module so that `cost` sees it."""
+  """`global_average` as a layer, which a count of operations sees."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B,H,W,C] -> f32 [B,C]."""
-    return x.astype('float32').mean(axis=(1, 2))
+    return global_average(x)
 
 
 class Head(nn.Module):

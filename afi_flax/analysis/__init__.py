@@ -1,0 +1,1 @@
+"""What can be said of a network: its cost, before it is trained."""

@@ -1,0 +1,68 @@
+"""Rows of a table: aligned text for a terminal, JSON and CSV for machines."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from afi_flax.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+def text(rows: Sequence[Row]) -> str:
+  """Aligned columns under the keys of the first row.
+
+  Whole numbers get thousands separators, None a dash; a row of '' values makes an empty line.
+
+  >>> print(text([{'network': 'resnet32', 'parameters': 472756}]))
+  network   parameters
+  resnet32     472,756
+  """
+  cells = [[_cell(row[key]) for key in rows[0]] for row in rows]
+  right = [any(_is_number(row[key]) for row in rows) for key in rows[0]]
+  lines = [list(rows[0]), *cells]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(right))]
+  return '\n'.join(
+    '  '.join(
+      cell.rjust(width) if is_right else cell.ljust(width)
+      for cell, width, is_right in zip(line, widths, right, strict=True)
+    ).rstrip()
+    for line in lines
+  )
+
+
+def write_json(rows: Sequence[Row], path: str) -> None:
+  """A list with one object a row."""
+  with _open(path) as file:
+    json.dump([dict(row) for row in rows], file, indent=1)
+    file.write('\n')
+
+
+def write_csv(rows: Sequence[Row], path: str) -> None:
+  """A header with the keys of the first row, and one line a row."""
+  with _open(path, newline='') as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _open(path: str, **arguments) -> IO[str]:
+  try:
+    return open(path, 'w', **arguments)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror}') from error
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return '-'
+  return f'{value:,}' if isinstance(value, int) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a cell is a number, or one that was formatted before, with a sign, unit or percent."""
+  if isinstance(value, str):
+    return re.fullmatch(r'[+-]?[\d,]+(\.\d+)?[%KMG]?', value) is not None
+  return isinstance(value, int | float)

@@ -1,0 +1,123 @@
+import functools
+import json
+import pathlib
+
+import jax
+import pytest
+from flax import linen as nn
+
+from afi_flax.analysis import cost, paper
+from afi_flax.models import create_model, image_size, list_models
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'models/golden_counts.json').read_text())
+# How far our FLOPs may be from the paper's. ShuffleNetV2's cannot be had from what it names.
+WITHIN = {'afi_mobilenetv2_cifar': 0.01} | {
+  name: 0.005
+  for name in (
+    *('afi_resnet32', 'afi_resnet110', 'afi_resnext29_32x4d', 'afi_resnet50', 'afi_resnet152'),
+    *('afi_resnet32_b', 'afi_resnet110_b', 'afi_resnext29_32x4d_b', 'afi_mobilenetv2_cifar_b'),
+    'afi_resnet50_b',
+  )
+}
+SHUFFLENET = {'': 1.48, 'afi': 1.30, 'b': 1.51}
+
+
+def whole(name, **arguments):
+  size = image_size(name)
+  model = create_model(name, num_classes=100 if size == 32 else 1000, **arguments)
+  return cost.total(cost.count(model, size))
+
+
+@pytest.mark.parametrize('row', [r for r in paper.ROWS if r.gflops], ids=lambda r: r.model)
+def test_flops_are_the_papers(row):
+  ours = paper.compare(row)
+  if 'shufflenet' in row.model:
+    form = 'b' if row.model.endswith('_b') else row.model.split('_')[0].replace('shufflenetv2', '')
+    assert round(ours['gflops'], 2) == SHUFFLENET[form]
+    assert not ours['parameters_agree']
+  elif row.model in WITHIN:
+    assert ours['gflops'] == pytest.approx(ours['gflops_paper'], rel=WITHIN[row.model])
+  else:
+    assert ours['gflops_agree']
+  assert ours['reasons'] or (ours['parameters_agree'] and ours['gflops_agree'])
+  assert ours['parameters'] == GOLDEN[row.model]['parameters']
+
+
+@pytest.mark.slow
+def test_every_network_has_its_golden_count():
+  counts = {name: whole(name).parameters for name in list_models()}
+  assert counts == {name: golden['parameters'] for name, golden in GOLDEN.items()}
+
+
+def products(jaxpr):
+  """Multiply-accumulates of all convolutions and matrix products of a traced function."""
+  for equation in jaxpr.eqns:
+    shapes = [v.aval.shape for v in equation.invars]
+    if equation.primitive.name == 'conv_general_dilated':
+      layout = equation.params['dimension_numbers']
+      kernel, out = shapes[1], equation.outvars[0].aval
+      yield out.size * functools.reduce(int.__mul__, kernel) // kernel[layout.rhs_spec[0]]
+    elif equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      depth = functools.reduce(int.__mul__, (shapes[0][i] for i in contracted))
+      yield equation.outvars[0].aval.size * depth
+    for parameter in equation.params.values():
+      if hasattr(parameter, 'jaxpr'):
+        yield from products(parameter.jaxpr)
+
+
+@pytest.mark.parametrize(
+  ('name', 'size'),
+  [('resnet20', 32), ('mobilenetv2', 64), ('se_resnet18', 64), ('afi_resnet20', 8)],
+)
+def test_macs_are_those_of_the_traced_program(name, size):
+  model = create_model(name, 10)
+  images = jax.ShapeDtypeStruct((1, size, size, 3), 'float32')
+  variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+  traced = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images)
+  want = sum(products(traced.jaxpr))
+  if name == 'afi_resnet20':  # Block 2 scores a row that block 3 fills: c x c / 4, in and out.
+    want -= sum(2 * c * c // 4 for c in (8, 16, 32))
+  assert cost.total(cost.count(model, size)).macs == want
+
+
+def test_by_hand():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      x = nn.Conv(4, (3, 3), strides=2, feature_group_count=1, name='a')(x)
+      x = nn.BatchNorm(use_running_average=not train, name='b')(x)
+      x = nn.Conv(8, (1, 1), use_bias=False, feature_group_count=2, name='c')(x)
+      return nn.Dense(5, name='d')(x.mean(axis=(1, 2)))
+
+  a, b, c, d = cost.count(Net(), image_size=6)
+  assert a == cost.Layer(('a',), '3x3 4', (3, 3), cost.Cost(112, 972, 972, 36))
+  assert b == cost.Layer(('b',), '', (3, 3), cost.Cost(8, 0, 72, 0))
+  assert c == cost.Layer(('c',), '1x1 8/2', (3, 3), cost.Cost(16, 144, 144, 72))
+  assert d == cost.Layer(('d',), 'dense 5', (1, 1), cost.Cost(45, 40, 40, 0))
+
+
+def test_counts_do_not_depend_on_what_was_counted_before():
+  names = ('afi_resnet20', 'afi_resnet20_b', 'afi_resnet20_se', 'se_resnet20', 'resnet20')
+  fresh = {}
+  for name in names:
+    cost._SEEN.clear()
+    fresh[name] = whole(name)
+  assert {name: whole(name) for name in reversed(names)} == fresh
+  assert len(set(fresh.values())) == len(names)
+  assert whole('afi_resnet20', stages=(3,)) != fresh['afi_resnet20']
+
+
+def test_stages_are_table_3():
+  layers = cost.count(create_model('afi_resnet32', 100), image_size=32)
+  rows = [(s.name, s.size, s.layers) for s in cost.stages(layers)]
+  assert rows == [
+    ('stem', (32, 32), '3x3 16'),
+    ('stage1', (32, 32), '[3x3 16, 3x3 16] + 4 x [3x3 8, AFI, 3x3 16]'),
+    ('stage2', (16, 16), '[3x3 32, 3x3 32] + 4 x [3x3 16, AFI, 3x3 32]'),
+    ('stage3', (8, 8), '[3x3 64, 3x3 64] + 4 x [3x3 32, AFI, 3x3 64]'),
+    ('head', (1, 1), 'dense 100'),
+  ]
+  stages = cost.stages(layers)
+  assert sum(s.cost.parameters for s in stages) == 378_228
+  assert stages[0].cost == cost.Cost(16 * 27 + 32, 27 * 16 * 1024, 29 * 16 * 1024, 16 * 1024)
