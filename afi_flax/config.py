@@ -281,7 +281,9 @@ def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
     raise unknown(key, value, options)
 
 
-def parse_variant(arg: str, **defaults: bool | tuple[int, ...]) -> ml_collections.ConfigDict:
+def parse_variant(
+  arg: str, exclusive: tuple[str, ...] = (), **defaults: bool | tuple[int, ...]
+) -> ml_collections.ConfigDict:
   """Reads what stands behind the colon of `--config file.py:b,stages=1+2`.
 
   >>> parse_variant('b,stages=1+2', b=False, smoke=False, stages=()).stages
@@ -289,17 +291,24 @@ def parse_variant(arg: str, **defaults: bool | tuple[int, ...]) -> ml_collection
 
   Args:
     arg: comma-separated names; a name whose default is a tuple takes `=` and numbers joined by `+`.
+    exclusive: more names, without values, of which only one can be given.
     **defaults: the variants that the config knows, with what they are when not named.
 
   Raises:
-    UserError: an unknown variant, with those that there are, or a malformed one.
+    UserError: an unknown variant, with those that there are, a malformed or repeated one, or two
+      that exclude each other.
   """
-  values = dict(defaults)
+  values = dict.fromkeys(exclusive, False) | defaults
+  given = {}  # name: the part that gave it
   for part in filter(None, arg.split(',')):
     name, equals, value = part.partition('=')
-    if name not in defaults:
-      raise unknown('config variant', name, defaults)
-    if isinstance(defaults[name], tuple):
+    if name not in values:
+      raise unknown('config variant', name, values)
+    clash = [p for n, p in given.items() if n == name or {n, name} <= set(exclusive)]
+    if clash:
+      raise UserError(f'config variants {clash[0]!r} and {part!r} do not go together; use one')
+    given[name] = part
+    if isinstance(values[name], tuple):
       if not equals or not all(n.isdigit() for n in value.split('+')):
         raise UserError(f'config variant {part!r} must be {name}=1 or {name}=1+2')
       values[name] = tuple(int(n) for n in value.split('+'))

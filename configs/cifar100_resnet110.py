@@ -1,7 +1,7 @@
 r"""ResNet-110 on CIFAR-100: the plain network of Table 4.
 
 Expect 73.73% top-1 (paper), 1,736,564 parameters.
-Variants: `:smoke` (four steps on fake pictures).
+Variants: `:se` (Squeeze-and-Excitation on every block), `:smoke` (four steps on fake pictures).
 
     python -m afi_flax.prepare --dataset cifar100
     python -m afi_flax.main --config configs/cifar100_resnet110.py \

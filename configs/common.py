@@ -9,6 +9,7 @@ CIFAR_STATISTICS = {
   'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ATTENTIONS = ('se', 'ge', 'cbam', 'eca')  # on the result of AFI
 
 
 def base() -> ml_collections.ConfigDict:
@@ -97,17 +98,21 @@ def imagenet(model: str) -> ml_collections.ConfigDict:
 
 
 def variant(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-  """Applies what stands behind the colon: `smoke`, and for AFI networks `b` and `stages=1+2`.
+  """Applies what stands behind the colon.
 
-  `smoke` takes four steps of the same network on fake pictures, to see that all is in place.
+  AFI networks have `b` (AFI-B), `stages=1+2` (AFI in these only) and one of `se`, `ge`, `cbam` and
+  `eca` (an attention on the result of AFI), in any combination: `b,eca,stages=2`. Plain networks
+  have `se` (Squeeze-and-Excitation on every block's output). `smoke` takes four steps of the same
+  network on fake pictures, to see that all is in place.
   """
-  known = {'smoke': False}
-  if config.model.name.startswith('afi_'):
-    known |= {'b': False, 'stages': ()}
-  chosen = parse_variant(arg, **known)
-  if chosen.get('b'):
-    config.model.name += '_b'
-  config.model.stages = chosen.get('stages', ())
+  name = config.model.name
+  if name.startswith('afi_'):
+    chosen = parse_variant(arg, ATTENTIONS, smoke=False, b=False, stages=())
+    config.model.name = '_'.join([name, *(n for n in ('b', *ATTENTIONS) if chosen[n])])
+    config.model.stages = chosen.stages
+  else:
+    chosen = parse_variant(arg, smoke=False, se=False)
+    config.model.name = f'se_{name}' if chosen.se else name
   if chosen.smoke:
     _smoke(config)
   return config

@@ -2,7 +2,8 @@ r"""AFI-ResNet-20 on the handwritten digits that scikit-learn carries: the quick
 
 Not a network of the paper: 1,797 real pictures, no download. Expect 99% top-1 on the held-out fifth
 after a minute on two CPU cores.
-Variants: `:b`, `:stages=1+2`, `:smoke` (four steps on fake pictures).
+Variants: `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's result),
+`:smoke` (four steps on fake pictures), joined by commas.
 
     python -m afi_flax.main --config configs/digits_afi_resnet20.py \
       --workdir runs/digits_afi_resnet20

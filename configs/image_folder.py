@@ -4,7 +4,8 @@ The folder has `train/` and `val/`, each with one folder of pictures a class; or
 of which a part is then held out by `--config.data.train_split='train[:80%]'` and
 `--config.data.eval_split='train[80%:]'`. Any network: `--config.model.name=afi_resnet50`. What to
 expect depends on the pictures: tens of thousands are needed to do well from scratch.
-Variants: `:b`, `:stages=1+2`, `:smoke` (four steps on fake pictures).
+Variants: `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's result),
+`:smoke` (four steps on fake pictures), joined by commas.
 
     python -m afi_flax.main --config configs/image_folder.py \
       --config.data.data_dir=FOLDER --workdir runs/mine

@@ -1,6 +1,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import jax
 import ml_collections
@@ -11,9 +12,45 @@ from afi_flax import models, optim, sharding, state
 from afi_flax.config import parse_variant, resolve
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
+from afi_flax.models.attention import ATTENTIONS
 from configs import common
 
 CONFIGS = sorted(p.stem for p in pathlib.Path('configs').glob('*.py') if p.stem != 'common')
+# Every row of the paper's Tables 1, 2, 4 and 5.
+ROWS = {
+  'cifar100_resnet32': 'resnet32',
+  'cifar100_afi_resnet32': 'afi_resnet32',
+  'cifar100_afi_resnet32:b': 'afi_resnet32_b',
+  'cifar100_afi_resnet32:stages=1': ('afi_resnet32', 1),
+  'cifar100_afi_resnet32:stages=2': ('afi_resnet32', 2),
+  'cifar100_afi_resnet32:stages=3': ('afi_resnet32', 3),
+  'cifar100_resnet110': 'resnet110',
+  'cifar100_afi_resnet110': 'afi_resnet110',
+  'cifar100_afi_resnet110:b': 'afi_resnet110_b',
+  'cifar100_afi_resnet110:stages=1': ('afi_resnet110', 1),
+  'cifar100_afi_resnet110:stages=2': ('afi_resnet110', 2),
+  'cifar100_afi_resnet110:stages=3': ('afi_resnet110', 3),
+  'cifar100_shufflenetv2': 'shufflenetv2_x1_0_cifar',
+  'cifar100_afi_shufflenetv2': 'afi_shufflenetv2_x1_0_cifar',
+  'cifar100_afi_shufflenetv2:b': 'afi_shufflenetv2_x1_0_cifar_b',
+  'cifar100_mobilenetv2': 'mobilenetv2_cifar',
+  'cifar100_afi_mobilenetv2': 'afi_mobilenetv2_cifar',
+  'cifar100_afi_mobilenetv2:b': 'afi_mobilenetv2_cifar_b',
+  'cifar100_afi_mobilenetv2:se': 'afi_mobilenetv2_cifar_se',
+  'cifar100_afi_mobilenetv2:ge': 'afi_mobilenetv2_cifar_ge',
+  'cifar100_afi_mobilenetv2:cbam': 'afi_mobilenetv2_cifar_cbam',
+  'cifar100_afi_mobilenetv2:eca': 'afi_mobilenetv2_cifar_eca',
+  'cifar100_resnext29': 'resnext29_32x4d',
+  'cifar100_afi_resnext29': 'afi_resnext29_32x4d',
+  'cifar100_afi_resnext29:b': 'afi_resnext29_32x4d_b',
+  'imagenet_resnet50': 'resnet50',
+  'imagenet_afi_resnet50': 'afi_resnet50',
+  'imagenet_afi_resnet50:b': 'afi_resnet50_b',
+  'imagenet_resnet50:se': 'se_resnet50',
+  'imagenet_resnet152': 'resnet152',
+  'imagenet_afi_resnet152': 'afi_resnet152',
+  'imagenet_resnet152:se': 'se_resnet152',
+}
 FOLDER = config_lib.Dataset('image_folder', ('cat', 'dog'), num_train=1000, num_eval=100)
 
 
@@ -22,7 +59,9 @@ def load(name, arg=''):
 
 
 def variants(name):
-  return ('', 'smoke', 'b', 'stages=1', 'b,stages=2+3') if 'afi' in name else ('', 'smoke')
+  if not load(name).model.name.startswith('afi_'):
+    return ('', 'smoke', 'se')
+  return ('', 'smoke', 'b', 'stages=1', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -34,6 +73,7 @@ def test_every_config_resolves_and_initialises(name):
     plan = resolve(config, dataset=dataset)
     assert plan.optim.total_steps > 0
     assert plan.model.num_classes == len(plan.dataset.class_names)
+    assert plan.model.name in models.list_models()
     again = resolve(ml_collections.ConfigDict(json.loads(config.to_json())), dataset=dataset)
     assert again == plan, 'config.json must give the same run'
     if arg in names:
@@ -52,6 +92,26 @@ def test_every_config_says_what_it_is(name):
   assert 'xpect' in doc
   with pytest.raises(UserError, match='unknown config variant'):
     load(name, 'bee')
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_every_row_of_the_paper_is_a_variant(row):
+  name, _, arg = row.partition(':')
+  model = resolve(load(name, arg)).model
+  wanted = ROWS[row] if isinstance(ROWS[row], tuple) else (ROWS[row],)
+  assert (model.name, *(model.stages or ())) == wanted
+  assert model.num_classes == (100 if name.startswith('cifar100') else 1000)
+
+
+def test_variants_combine():
+  assert set(common.ATTENTIONS) == set(ATTENTIONS)
+  config = load('cifar100_afi_mobilenetv2', 'eca,smoke,stages=2+3,b')
+  assert config.model.name == 'afi_mobilenetv2_cifar_b_eca'
+  assert config.model.stages == (2, 3)
+  assert config.data.dataset == 'fake_cifar'
+  config = load('imagenet_resnet50', 'smoke,se')
+  assert config.model.name == 'se_resnet50'
+  assert config.data.dataset == 'fake_imagenet'
 
 
 def test_paper_recipe_cifar():
@@ -184,7 +244,32 @@ def test_refuses(key, value, says):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('arg', ['c', 'b=1', 'stages', 'stages=x', 'stages=', 'stages=1,c', 'B'])
-def test_refuses_variants(arg):
-  with pytest.raises(UserError, match='config variant'):
-    parse_variant(arg, b=False, stages=())
+@pytest.mark.parametrize(
+  ('arg', 'says'),
+  [
+    ('c', "unknown config variant 'c'"),
+    ('B', "unknown config variant 'B'. Known: b, cbam, eca, ge, se, stages."),
+    ('stages=1,c', "unknown config variant 'c'"),
+    ('stages=1,2', "unknown config variant '2'"),
+    ('b=1', "'b=1' takes no value; use 'b'"),
+    ('eca=3', "'eca=3' takes no value; use 'eca'"),
+    ('stages', "'stages' must be stages=1 or stages=1+2"),
+    ('stages=', "'stages=' must be stages=1"),
+    ('stages=x', "'stages=x' must be stages=1"),
+    ('se,eca', "'se' and 'eca' do not go together; use one"),
+    ('cbam,b,ge', "'cbam' and 'ge' do not go together; use one"),
+    ('b,b', "'b' and 'b' do not go together; use one"),
+    ('stages=1,stages=2', "'stages=1' and 'stages=2' do not go together; use one"),
+  ],
+)
+def test_refuses_variants(arg, says):
+  with pytest.raises(UserError, match=re.escape(says)) as error:
+    parse_variant(arg, ('se', 'eca', 'ge', 'cbam'), b=False, stages=())
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('arg', ['b', 'eca', 'ge', 'cbam', 'stages=1', 'se=1', 'se,se'])
+def test_plain_networks_refuse(arg):
+  with pytest.raises(UserError, match='config variant') as error:
+    load('imagenet_resnet50', arg)
+  assert '\n' not in str(error.value)
