@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import pathlib
 import re
 import shlex
@@ -11,14 +10,17 @@ import jax
 import pytest
 
 import afi_flax
+from afi_flax.analysis import cost
 from afi_flax.config import resolve
 from afi_flax.models import create_model
 
 README = pathlib.Path('README.md').read_text()
 PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-# (config, variant, top-1 with or without top-5, parameters) of the table of the paper's networks.
+# (config, variant, top-1 with or without top-5, parameters, GFLOPs) of the table of networks.
 ROWS = re.findall(
-  r'^\| [^|]+ \| `configs/(\w+)\.py:?(\S*)` \| ([\d. /]+) \| ([\d,]+) \|', README, re.MULTILINE
+  r'^\| [^|]+ \| `configs/(\w+)\.py:?(\S*)` \| ([\d. /]+) \| ([\d,]+) \| ([\d.]+) \|',
+  README,
+  re.MULTILINE,
 )
 SHELL = '\n'.join(re.findall(r'```sh\n(.*?)```', README, re.DOTALL)).replace('\\\n', ' ')
 
@@ -46,7 +48,7 @@ def test_python(code, monkeypatch):
 
 
 def test_configs_and_targets_exist():
-  assert len(PYTHON) == 3
+  assert len(PYTHON) == 4
   commands = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
   assert len(commands) > 6
   makefile = pathlib.Path('Makefile').read_text()
@@ -64,21 +66,13 @@ def test_the_table_has_all_networks_of_the_paper():
   assert len(ROWS) == len({row[:2] for row in ROWS}) == 6 + 4 + 15 + 7  # Tables 1, 2, 4, 5
 
 
-@pytest.mark.parametrize(('name', 'arg', 'accuracies', 'parameters'), ROWS)
-def test_table_of_networks(name, arg, accuracies, parameters):
+@pytest.mark.parametrize(('name', 'arg', 'accuracies', 'parameters', 'gflops'), ROWS)
+def test_table_of_networks(name, arg, accuracies, parameters, gflops):
   """Its counts are those of the networks, and each config says the same of itself."""
   config = importlib.import_module(f'configs.{name}')
   for figure in (parameters, *(f'{accuracy}%' for accuracy in accuracies.split(' / '))):
     assert figure in ' '.join(config.__doc__.split())
-  model = resolve(config.get_config(arg)).model
-  if model.stages is None:
-    golden = json.loads(pathlib.Path('tests/models/golden_counts.json').read_text())[model.name]
-    assert golden == {'classes': model.num_classes, 'parameters': int(parameters.replace(',', ''))}
-  else:
-    assert count(create_model(**vars(model))) == int(parameters.replace(',', ''))
-
-
-def count(model):
-  images = jax.numpy.zeros([1, 32, 32, 3])
-  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-  return sum(x.size for x in jax.tree.leaves(variables['params']))
+  plan = resolve(config.get_config(arg))
+  whole = cost.total(cost.count(create_model(**vars(plan.model)), plan.data.image_size))
+  assert parameters == f'{whole.parameters:,}'
+  assert gflops == f'{cost.PAPER_PICTURES * whole.paper_flops / 1e9:.2f}'
