@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from afi_flax.errors import StoppedError, UserError, unknown
 
@@ -50,6 +50,7 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f'a --config.KEY=VALUE does not go with the config: {error}') from error
   except OSError as error:
     raise _no_config(argv) or error from error
+  logging.set_verbosity(logging.WARNING)  # JAX and TFDS tell of each of their steps
   if len(rest) > 1:
     raise UserError(f'{rest[1]!r} is not a flag; flags begin with --, see --help')
   return rest

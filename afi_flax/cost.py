@@ -8,7 +8,7 @@
 Shapes only are computed, so this takes seconds on any machine.
 """
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from afi_flax import commands, config
@@ -26,7 +26,6 @@ _CSV = flags.DEFINE_string('csv', None, 'The same as CSV.')
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)
   if sum(map(bool, (_MODEL.value, _CONFIG.value, _PAPER.value))) != 1:
     raise UserError('give one of --model NAME, --config FILE and --paper')
   if _PAPER.value:

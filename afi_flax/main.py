@@ -13,7 +13,7 @@ import os
 import re
 
 import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from afi_flax import checkpoint, commands, evaluate, report
@@ -36,7 +36,6 @@ _PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
 def main(_) -> None:
   if not _WORKDIR.value:
     raise UserError('no --workdir; give a folder for the run, such as --workdir runs/first')
-  logging.set_verbosity(logging.WARNING)
   checkpoint.quiet_orbax()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))

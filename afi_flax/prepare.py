@@ -4,7 +4,7 @@ python -m afi_flax.prepare --dataset cifar100
 python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER --data_dir FOLDER
 """
 
-from absl import flags, logging
+from absl import flags
 
 from afi_flax import commands
 from afi_flax.data import prepare
@@ -18,7 +18,6 @@ _ARCHIVES = flags.DEFINE_string('archives', '', 'Folder of original archives; em
 def main(_) -> None:
   if not _DATASET.value:
     raise UserError('no --dataset; give one, such as --dataset cifar100')
-  logging.set_verbosity(logging.WARNING)  # TFDS tells of each of its steps
   print(prepare.prepare(_DATASET.value, _DATA_DIR.value, _ARCHIVES.value))
 
 

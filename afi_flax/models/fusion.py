@@ -117,8 +117,8 @@ class AFI(nn.Module):
       features = _all_at_once(features)
     scores = mlp(features.pooled, self.reduction, use_bias=False)
     number, rows = len(features.maps), scores.shape[1]
-    filled = (jnp.arange(rows) < number)[None, :, None]
-    weights = nn.softmax(scores, axis=1, where=filled)[:, :number]  # s~ [B,N,c], eq. 1
+    filled = jnp.where(jnp.arange(rows) < number, 0.0, -jnp.inf)[None, :, None]
+    weights = nn.softmax(scores + filled, axis=1)[:, :number]  # s~ [B,N,c], eq. 1
     self.sow('intermediates', 'weights', weights)
     return weighted_sum(weights, features.maps)  # eq. 2
 

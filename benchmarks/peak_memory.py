@@ -1,0 +1,131 @@
+"""Peak memory of training and inference: the paper's Table 6, with XLA in PyTorch's place.
+
+  python -m benchmarks.peak_memory --json results/memory/peak_memory.json
+  python -m benchmarks.peak_memory --networks resnet152,afi_resnet152 --dtype bfloat16
+
+The steps are those of real runs with the paper's ImageNet recipe, compiled from shapes alone: no
+picture, weight or activation is ever allocated, so a laptop can tell what a large batch needs.
+Peak is what XLA lays out for the compiled program: weights, optimiser state, batch and results, and
+one arena for all that is temporary, in which arrays share a place when their times allow it. It is
+exact for the backend that it is compiled for, and for no other: the CPU's here, or a TPU's with
+--tpu v5e:2x2, which needs `pip install 'jax[tpu]'` but no TPU. Ratios are to the first network of
+the list.
+"""
+
+import time
+
+import jax
+from absl import flags
+
+from afi_flax import commands, config, models
+from afi_flax.analysis import memory
+from afi_flax.errors import UserError
+from afi_flax.models.fusion import REMATS
+from benchmarks import common
+
+_NETWORKS = flags.DEFINE_list(
+  'networks', 'resnet50,afi_resnet50,densenet121', 'What to measure; the first is compared with.'
+)
+_REMATS = flags.DEFINE_list(
+  'remats', ','.join(REMATS), 'For training: which values of model.remat.'
+)
+_BATCH = flags.DEFINE_integer('batch_size', 64, 'Pictures in a batch, of training and inference.')
+_SIZE = flags.DEFINE_integer('image_size', 224, 'Side of the pictures, in pixels.')
+_DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation: float32 or bfloat16.')
+_TPU = flags.DEFINE_string('tpu', '', 'Compile for one chip of this TPU topology: v5e:2x2.')
+
+
+def measure(plan: config.Plan, device: jax.Device, training: bool) -> int:
+  """Peak bytes of a step of the run; prints what it finds."""
+  start = time.perf_counter()
+  program = (memory.train_program if training else memory.eval_program)(plan, device)
+  peak = memory.peak_bytes(program.lower().compile())
+  task = f'training, remat {plan.model.remat}' if training else 'inference'
+  seconds = time.perf_counter() - start
+  print(
+    f'{plan.model.name}, {task}: {peak / memory.MIB:,.0f} MiB (compiled in {seconds:.0f} s)',
+    flush=True,
+  )
+  return peak
+
+
+def supports(name: str, remat: str) -> bool:
+  """Whether the network can be made with this value of model.remat."""
+  models.create_model(name)  # an unknown name is the user's mistake
+  try:
+    models.create_model(name, remat=remat)
+  except UserError:
+    return False
+  return True
+
+
+def find_device(topology: str) -> jax.Device:
+  """A device to compile for: a chip of a TPU topology that nobody needs to have, or the default."""
+  if not topology:
+    return jax.devices()[0]
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
+  except Exception as error:  # libtpu is absent, locked by another process, or knows no such name
+    reason = str(error).splitlines()[0]
+    raise UserError(
+      f"--tpu {topology!r} does not work: {reason}; pip install 'jax[tpu]'"
+    ) from error
+
+
+def show(peaks: dict[tuple[str, str], int], first: str) -> str:
+  """{(network, 'inference' or remat): bytes} as a table."""
+
+  def ratio(peak, key):
+    return f'{peak / peaks[key]:.3f}' if key in peaks else ''
+
+  rows = [
+    (
+      name,
+      'inference' if task == 'inference' else 'training',
+      '' if task == 'inference' else task,
+      f'{peak / memory.MIB:,.0f}',
+      ratio(peak, (first, task)),
+      '' if task == 'inference' else ratio(peak, (first, 'none')),
+    )
+    for (name, task), peak in peaks.items()
+  ]
+  header = ('network', 'task', 'remat', 'MiB', f'to {first}', f'to {first}, remat none')
+  return common.table(header, rows)
+
+
+def main(_) -> None:
+  for remat in _REMATS.value:
+    if remat not in REMATS:
+      raise UserError(f'--remats {remat!r} must be some of {", ".join(REMATS)}')
+  device = find_device(_TPU.value)
+  peaks = {}
+  for name in _NETWORKS.value:
+    for remat in _REMATS.value:
+      if supports(name, remat):
+        plan = common.imagenet_plan(name, remat, _BATCH.value, _SIZE.value, _DTYPE.value)
+        peaks[name, remat] = measure(plan, device, training=True)
+    plan = common.imagenet_plan(name, 'none', _BATCH.value, _SIZE.value, _DTYPE.value)
+    peaks[name, 'inference'] = measure(plan, device, training=False)
+  target = f'one chip of TPU {_TPU.value}' if _TPU.value else device.device_kind
+  print(
+    f'\nPeak memory, batch {_BATCH.value} of {_SIZE.value} pixels, {_DTYPE.value}, compiled for '
+    f'{target}\n\n{show(peaks, _NETWORKS.value[0])}'
+  )
+  if common.JSON.value:
+    common.write_json(
+      common.JSON.value,
+      compiled_for=target,
+      batch_size=_BATCH.value,
+      image_size=_SIZE.value,
+      dtype=_DTYPE.value,
+      peak_mib=[
+        {'network': name, 'task_or_remat': task, 'mib': round(peak / memory.MIB, 1)}
+        for (name, task), peak in peaks.items()
+      ],
+    )
+
+
+if __name__ == '__main__':
+  commands.run(main)

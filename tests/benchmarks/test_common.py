@@ -1,0 +1,33 @@
+import jax.numpy as jnp
+
+from benchmarks import common
+
+
+def test_times_are_medians_of_rounds_after_one_call_that_does_not_count(monkeypatch):
+  now, order = [0.0], []
+  monkeypatch.setattr(common.time, 'perf_counter', lambda: now[0])
+  lasts = {'a': iter([100.0, 1.0, 9.0, 2.0]), 'b': iter([100.0, 5.0, 5.0, 6.0])}
+
+  def call(name):
+    now[0] += next(lasts[name])
+    order.append(name)
+    return jnp.zeros([])
+
+  calls = {name: (lambda name=name: call(name)) for name in lasts}
+  assert common.median_seconds(calls, rounds=3) == {'a': 2.0, 'b': 5.0}
+  assert ''.join(order) == 'abababab'
+
+
+def test_table():
+  lines = common.table(('name', 'MiB'), [('a', '1,000'), ('longer', '2')]).splitlines()
+  assert lines == ['name      MiB', '-------------', 'a       1,000', 'longer      2']
+
+
+def test_imagenet_plan():
+  plan = common.imagenet_plan('afi_resnet50', 'block', 4, 64, 'bfloat16')
+  assert (plan.model.name, plan.model.remat, plan.model.dtype) == (
+    'afi_resnet50',
+    'block',
+    'bfloat16',
+  )
+  assert (plan.batch_size, plan.data.image_size, plan.model.num_classes) == (4, 64, 1000)
