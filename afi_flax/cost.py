@@ -3,9 +3,10 @@
   python -m afi_flax.cost --model afi_resnet50            one network, stage by stage
   python -m afi_flax.cost --model 'afi_*resnet*'          a row for every network that matches
   python -m afi_flax.cost --config configs/cifar100_afi_resnet32.py:stages=1
-  python -m afi_flax.cost --paper --json FILE             Tables 2, 4 and 5, and where we disagree
+  python -m afi_flax.cost --paper --json FILE             Tables 2, 4, 5, 6, and where we disagree
 
-Shapes only are computed, so this takes seconds on any machine.
+Shapes only are computed, so this takes seconds on any machine; Table 6, which is about memory,
+compiles four programs, which takes a minute.
 """
 
 from absl import flags

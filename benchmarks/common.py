@@ -12,7 +12,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from afi_flax import config
+from afi_flax import config, optim
+from afi_flax.analysis import memory
+from afi_flax.models import create_model
 from configs import common as recipes
 
 JSON = flags.DEFINE_string('json', '', 'Where to write the figures.')
@@ -37,6 +39,20 @@ def imagenet_plan(
   recipe.data.eval_resize = 0
   recipe.batch_size = batch_size
   return config.resolve(recipe)
+
+
+def train_program(plan: config.Plan, device: jax.Device) -> memory.Program:
+  """The training step of a run."""
+  model, optimizer = create_model(**vars(plan.model)), optim.make(plan.optim)
+  return memory.train_program(
+    model, optimizer, plan.data, plan.batch_size, device, plan.model.remat
+  )
+
+
+def eval_program(plan: config.Plan, device: jax.Device) -> memory.Program:
+  """Its evaluation step, with the batch size of its training."""
+  model = create_model(**vars(plan.model))
+  return memory.eval_program(model, plan.data, plan.batch_size, device)
 
 
 def median_seconds(

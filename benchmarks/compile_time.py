@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from afi_flax import commands, config, models
-from afi_flax.analysis import cost, memory
+from afi_flax.analysis import cost
 from benchmarks import common
 from configs import common as recipes
 
@@ -31,7 +31,7 @@ def seconds(name: str) -> tuple[float, float]:
   """Wall time of tracing and of compiling, with nothing left of what was compiled before."""
   jax.clear_caches()
   plan = config.resolve(recipes.cifar('cifar100', name))
-  program = memory.train_program(plan, jax.devices()[0])
+  program = common.train_program(plan, jax.devices()[0])
   start = time.perf_counter()
   lowered = program.lower()
   traced = time.perf_counter()

@@ -241,8 +241,8 @@ def main(_) -> None:
   for name in _NETWORKS:
     plan = common.imagenet_plan(name)
     print(f'{name}: compiling the training and the inference step', flush=True)
-    training[name] = kept(read_arena(memory.train_program(plan, device).lower()))
-    inference[name] = read_arena(memory.eval_program(plan, device).lower())
+    training[name] = kept(read_arena(common.train_program(plan, device).lower()))
+    inference[name] = read_arena(common.eval_program(plan, device).lower())
   operations = {name: by_operation(buffers, _BLOCK) for name, buffers in training.items()}
   stages = {name: by_stage(buffers) for name, buffers in training.items()}
   parts = {name: peak_by_part(arena) for name, arena in inference.items()}

@@ -38,7 +38,7 @@ _TPU = flags.DEFINE_string('tpu', '', 'Compile for one chip of this TPU topology
 def measure(plan: config.Plan, device: jax.Device, training: bool) -> int:
   """Peak bytes of a step of the run; prints what it finds."""
   start = time.perf_counter()
-  program = (memory.train_program if training else memory.eval_program)(plan, device)
+  program = (common.train_program if training else common.eval_program)(plan, device)
   peak = memory.peak_bytes(program.lower().compile())
   task = f'training, remat {plan.model.remat}' if training else 'inference'
   seconds = time.perf_counter() - start

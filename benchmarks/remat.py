@@ -31,7 +31,7 @@ class Training:
 
   def __init__(self, plan: config.Plan):
     device = jax.devices()[0]
-    self._step = memory.train_program(plan, device).lower().compile()
+    self._step = common.train_program(plan, device).lower().compile()
     self.peak = memory.peak_bytes(self._step)
     mesh = sharding.make_mesh([device])
     self._state = state.initialise(

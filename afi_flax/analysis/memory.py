@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import jax
+import optax
+from flax import linen as nn
 
-from afi_flax import config, models, optim, sharding, state, steps
+from afi_flax import config, sharding, state, steps
 
 MIB = 2**20
 
@@ -20,27 +22,43 @@ class Program(NamedTuple):
     return self.step.lower(*self.arguments)
 
 
-def train_program(plan: config.Plan, device: jax.Device) -> Program:
-  """The training step of a run on one device, as `afi_flax.train` makes it."""
+def train_program(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  data: config.Data,
+  batch_size: int,
+  device: jax.Device,
+  remat: str = 'none',
+) -> Program:
+  """A training step on one device, as `afi_flax.train` makes it.
+
+  Args:
+    model: made with this `remat`.
+    optimizer: its state is part of the arguments.
+    data: normalisation and picture size.
+    batch_size: B.
+    device: what to compile for; of a topology that is not there, too.
+    remat: `model.remat` of the config.
+  """
   mesh = sharding.make_mesh([device])
-  model, optimizer = models.create_model(**vars(plan.model)), optim.make(plan.optim)
-  on_cpu = device.platform == 'cpu'
   step = jax.jit(
-    steps.make_train_step(model, optimizer, plan.data),
+    steps.make_train_step(model, optimizer, data),
     donate_argnums=0,
     out_shardings=sharding.replicated(mesh),
-    compiler_options=steps.compiler_options(plan.model.remat) if on_cpu else None,
+    compiler_options=steps.compiler_options(remat) if device.platform == 'cpu' else None,
   )
-  return Program(step, (_state(model, optimizer, plan, mesh), _batch(plan, mesh)))
+  now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh))
+  return Program(step, (now, _batch(data.image_size, batch_size, mesh)))
 
 
-def eval_program(plan: config.Plan, device: jax.Device) -> Program:
-  """The evaluation step of a run on one device, with the batch size of its training."""
+def eval_program(
+  model: nn.Module, data: config.Data, batch_size: int, device: jax.Device
+) -> Program:
+  """An evaluation step on one device, likewise."""
   mesh = sharding.make_mesh([device])
-  model, optimizer = models.create_model(**vars(plan.model)), optim.make(plan.optim)
-  step = jax.jit(steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh))
-  variables = _state(model, optimizer, plan, mesh).variables
-  return Program(step, (variables, _batch(plan, mesh, mask='float32')))
+  step = jax.jit(steps.make_eval_step(model, data), out_shardings=sharding.replicated(mesh))
+  now = state.abstract(model, optax.identity(), data.image_size, sharding.replicated(mesh))
+  return Program(step, (now.variables, _batch(data.image_size, batch_size, mesh, mask='float32')))
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -55,18 +73,13 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
-def _state(model, optimizer, plan: config.Plan, mesh: jax.sharding.Mesh) -> state.TrainState:
-  return state.abstract(model, optimizer, plan.data.image_size, sharding.replicated(mesh))
-
-
-def _batch(plan: config.Plan, mesh: jax.sharding.Mesh, **more: str) -> steps.Batch:
+def _batch(size: int, batch_size: int, mesh: jax.sharding.Mesh, **more: str) -> steps.Batch:
   """Shapes of a batch, with `more` of one number an example: {name: dtype}."""
 
   def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.split(mesh))
 
-  size = plan.data.image_size
   return {
-    'image': abstract((plan.batch_size, size, size, 3), 'uint8'),
-    **{name: abstract((plan.batch_size,), d) for name, d in {'label': 'int32', **more}.items()},
+    'image': abstract((batch_size, size, size, 3), 'uint8'),
+    **{name: abstract((batch_size,), d) for name, d in {'label': 'int32', **more}.items()},
   }

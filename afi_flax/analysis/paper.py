@@ -1,12 +1,17 @@
 """The paper's tables of networks, its figures beside ours.
 
-Source: "AFINets: Attentive Feature Integration Networks for Image Classification", Tables 2, 4, 5.
+Source: "AFINets: Attentive Feature Integration Networks for Image Classification", Tables 2, 4, 5
+and 6.
 """
 
 import dataclasses
 from typing import Any
 
-from afi_flax.analysis import cost
+import jax
+import optax
+
+from afi_flax import config
+from afi_flax.analysis import cost, memory
 from afi_flax.models import create_model, image_size
 
 _RATIO = (
@@ -66,6 +71,57 @@ ROWS = (
   Row(2, 'afi_mobilenetv2_cifar_cbam', '76.51'),
   Row(2, 'afi_mobilenetv2_cifar_eca', '76.76'),
 )
+
+# Table 6, MiB at batch 64 in PyTorch: training and testing.
+MEMORY = {'resnet50': (7447, 3827), 'afi_resnet50': (7001, 2671)}
+MEMORY_REASON = (
+  'XLA is not PyTorch. Its peak of inference lies in the stem and the first block, which are the '
+  'same in both networks, and most of what it keeps for the gradient AFI does not change; see '
+  'results/memory.'
+)
+_PICTURES = config.Data(
+  dataset='imagenet2012',
+  data_dir='',
+  train_split='train',
+  eval_split='validation',
+  image_size=224,
+  eval_resize=256,
+  augment='random_resized_crop_flip',
+  mean=(0.5, 0.5, 0.5),
+  std=(0.25, 0.25, 0.25),
+  max_unreadable=0,
+)
+
+
+def compare_memory() -> list[dict[str, Any]]:
+  """Table 6, with XLA's peak memory for the default device; compiles four programs, a minute.
+
+  Returns:
+    {'table', 'network', 'task', 'mib', 'mib_paper', 'ratio', 'ratio_paper'}; ratios are to the plain
+    network.
+  """
+  device = jax.devices()[0]
+  peaks = {}
+  for name in MEMORY:
+    model = create_model(name)
+    training = memory.train_program(model, optax.sgd(0.1, 0.9), _PICTURES, 64, device)
+    testing = memory.eval_program(model, _PICTURES, 64, device)
+    peaks[name] = [
+      memory.peak_bytes(program.lower().compile()) / memory.MIB for program in (training, testing)
+    ]
+  return [
+    {
+      'table': 6,
+      'network': name,
+      'task': task,
+      'mib': round(peaks[name][i]),
+      'mib_paper': MEMORY[name][i],
+      'ratio': round(peaks[name][i] / peaks['resnet50'][i], 3),
+      'ratio_paper': round(MEMORY[name][i] / MEMORY['resnet50'][i], 3),
+    }
+    for i, task in enumerate(('training', 'testing'))
+    for name in MEMORY
+  ]
 
 
 def compare(row: Row) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def zoo(pattern: str, size: int = 0, num_classes: int = 0) -> Report:
   return rows, f'{tables.text(shown)}\n\n{_LEGEND}'
 
 
-def paper_tables() -> Report:
-  """Tables 4, 5 and 2, with a mark and a reason where we and the paper disagree."""
+def paper_tables(with_memory: bool = True) -> Report:
+  """Tables 4, 5, 2 and 6, with a mark and a reason where we and the paper disagree."""
   rows = [paper.compare(row) for row in paper.ROWS]
   reasons = list(dict.fromkeys(reason for row in paper.ROWS for reason in row.reasons))
   parts = []
@@ -72,6 +72,13 @@ def paper_tables() -> Report:
       if printed.table == number
     ]
     parts.append(f'Table {number}: {title}\n\n{tables.text(shown)}')
+  if with_memory:
+    print('compiling the four programs of Table 6: about a minute', file=sys.stderr, flush=True)
+    peaks = paper.compare_memory()
+    rows += peaks
+    reasons.append(paper.MEMORY_REASON)
+    shown = [_memory_beside(row, len(reasons)) for row in peaks]
+    parts.append(f'Table 6: peak memory at batch 64, MiB\n\n{tables.text(shown)}')
   notes = [f'[{i}] {reason}' for i, reason in enumerate(reasons, start=1)]
   legend = (
     'top-1: of the paper, in percent. =: ours is what the paper prints, to its last digit; else\n'
@@ -104,6 +111,19 @@ def _beside(printed: paper.Row, ours: tables.Row, reasons: Sequence[str]) -> tab
     'paper ': printed.gflops or None,
     'differs ': _difference(ours, 'gflops'),
     'why': ' '.join(f'[{reasons.index(reason) + 1}]' for reason in printed.reasons),
+  }
+
+
+def _memory_beside(row: tables.Row, note: int) -> tables.Row:
+  agrees = row['ratio'] == row['ratio_paper']
+  return {
+    'network': row['network'],
+    'task': row['task'],
+    'MiB': row['mib'],
+    'paper': row['mib_paper'],
+    'to plain': f'{row["ratio"]:.3f}',
+    'paper ': f'{row["ratio_paper"]:.3f}',
+    'why': '' if agrees else f'[{note}]',
   }
 
 

@@ -1,6 +1,9 @@
+import jax
 import jax.numpy as jnp
 
+from afi_flax import config
 from benchmarks import common
+from configs import common as recipes
 
 
 def test_times_are_medians_of_rounds_after_one_call_that_does_not_count(monkeypatch):
@@ -31,3 +34,14 @@ def test_imagenet_plan():
     'bfloat16',
   )
   assert (plan.batch_size, plan.data.image_size, plan.model.num_classes) == (4, 64, 1000)
+
+
+def test_steps_are_those_of_the_recipe():
+  """The batch has the shapes and dtypes of a run; the state is donated, the batch is not."""
+  recipe = recipes.cifar('cifar10', 'resnet20')
+  recipe.batch_size = 4
+  lowered = common.train_program(config.resolve(recipe), jax.devices()[0]).lower()
+  arguments = jax.tree.leaves(lowered.args_info)
+  batch = [a for a in arguments if not a.donated]
+  assert [(a.shape, str(a.dtype)) for a in batch] == [((4, 32, 32, 3), 'uint8'), ((4,), 'int32')]
+  assert len(arguments) - len(batch) > 100
