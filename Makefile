@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint help
+.PHONY: quickstart test test-all parity lint help
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
 	@echo 'make test        the fast tests: two to three minutes on two free cores'
 	@echo 'make test-all    all tests'
+	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
 	@echo 'make lint        ruff'
 
 quickstart: $(VENV)/installed
@@ -19,6 +20,13 @@ test: $(VENV)/installed-test
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# uv, since pip takes a build of PyTorch that torchvision does not load beside.
+parity:
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-parity/bin/uv pip install --quiet --python .venv-parity/bin/python -e '.[test,parity]'
+	.venv-parity/bin/python -m pytest -m parity -s
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -97,8 +97,7 @@ def compare_memory() -> list[dict[str, Any]]:
   """Table 6, with XLA's peak memory for the default device; compiles four programs, a minute.
 
   Returns:
-    {'table', 'network', 'task', 'mib', 'mib_paper', 'ratio', 'ratio_paper'}; ratios are to the plain
-    network.
+    {'table', 'network', 'task', 'mib', 'mib_paper', 'ratio', 'ratio_paper'}; ratio: to plain.
   """
   device = jax.devices()[0]
   peaks = {}
