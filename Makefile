@@ -21,12 +21,9 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# uv, since pip takes a build of PyTorch that torchvision does not load beside.
 parity:
-	$(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-parity/bin/uv pip install --quiet --python .venv-parity/bin/python -e '.[test,parity]'
-	.venv-parity/bin/python -m pytest -m parity -s
+	$(MAKE) VENV=.venv-parity .venv-parity/installed-parity
+	.venv-parity/bin/python -m pytest -n 2 -m parity tests/models/test_parity.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -43,4 +40,8 @@ $(VENV)/installed: requirements.txt | $(BIN)/python
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/installed-parity: pyproject.toml $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	touch $@

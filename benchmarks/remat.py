@@ -76,8 +76,9 @@ def draw(path: str, peaks: dict, seconds: dict) -> None:
     axes.plot(x, y, color=common.COLOURS[i], marker='o', linewidth=1.2, label=name)
     for place, remat in zip(zip(x, y, strict=True), REMATS, strict=True):
       axes.annotate(
-        remat, place, (5, 5), textcoords='offset points', fontsize=8, color=common.COLOURS[i]
-      )
+        remat, place, (6, (6, -12)[i]), textcoords='offset points', fontsize=8,
+        color=common.COLOURS[i],
+      )  # fmt: skip
   axes.set_xlabel('peak memory', fontsize=9, color='#333333')
   axes.set_ylabel('time of a training step', fontsize=9, color='#333333')
   axes.set_xlim(left=0)

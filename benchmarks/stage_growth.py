@@ -145,25 +145,33 @@ def show(lengths: list[int], figures: dict[tuple[str, int], dict[str, float]]) -
 
 def draw(path: str, lengths: list[int], figures: dict[tuple[str, int], dict[str, float]]) -> None:
   """Memory and time over the number of blocks, with logarithmic axes."""
-  from matplotlib import figure
+  from matplotlib import figure, ticker
 
   fig = figure.Figure(figsize=(10.5, 4.4), dpi=150, layout='constrained', facecolor='white')
-  panels = {'peak MiB': 'peak memory of a gradient (MiB)', 'ms a gradient': 'its time (ms)'}
+  panels = {
+    'peak MiB': 'peak memory of a gradient (MiB)',
+    'ms a gradient': 'time of a gradient (ms)',
+  }
   for axes, (name, title) in zip(fig.subplots(1, 2), panels.items(), strict=True):
     common.style(axes, title)
-    for kind, colour in zip(KINDS, common.COLOURS, strict=False):
-      values = [figures[kind, n][name] for n in lengths]
+    lines = {kind: [figures[kind, n][name] for n in lengths] for kind in KINDS}
+    label_at = 0.0  # labels rise with the lines' ends, each clear of the one below
+    for kind in sorted(KINDS, key=lambda kind: lines[kind][-1]):
+      values, colour = lines[kind], common.COLOURS[KINDS.index(kind)]
       axes.loglog(lengths, values, color=colour, marker='o', markersize=3.5, linewidth=1.6)
-      label = f'{kind}\nn^{exponent(lengths, values):.2f}'
-      axes.annotate(
-        label, (lengths[-1], values[-1]), (6, 0), textcoords='offset points', va='center',
-        fontsize=8, color=colour, annotation_clip=False,
+      label_at = max(values[-1], 1.2 * label_at)
+      slope = exponent(lengths[-2:], values[-2:])
+      axes.text(
+        1.08 * lengths[-1], label_at, f'{kind}, slope {slope:.2f}', color=colour, fontsize=8,
+        va='center',
       )  # fmt: skip
     axes.set_xticks(lengths, map(str, lengths))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter('{x:g}')
-    axes.set_xlabel('blocks of the stage, n', fontsize=9, color='#333333')
-  fig.suptitle('A stage that grows: plain, AFI, and concatenation', fontsize=11, fontweight='bold')
+    axes.set_xlabel('blocks of the stage', fontsize=9, color='#333333')
+  title = 'A stage as it grows: plain, AFI, and concatenation (slopes of the last two points)'
+  fig.suptitle(title, fontsize=11, fontweight='bold')
   fig.savefig(path)
 
 
