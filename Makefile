@@ -22,7 +22,7 @@ test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 parity:
-	$(MAKE) VENV=.venv-parity .venv-parity/installed-parity
+	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity
 	.venv-parity/bin/python -m pytest -n 2 -m parity tests/models/test_parity.py
 
 lint: $(VENV)/installed-test
@@ -42,6 +42,7 @@ $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+# === keeps pip from taking a +cpu build, beside which torchvision does not load.
 $(VENV)/installed-parity: pyproject.toml $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch===2.13.0' -e '.[parity]'
 	touch $@

@@ -179,7 +179,9 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
   _one_of('model.dtype', model.dtype, ('float32', 'bfloat16'))
   stages = tuple(model.stages) or None
-  return Model(model.name, num_classes, stages, model.dtype, model.se_bias, model.remat)
+  # Runs that were made before these keys have neither.
+  se_bias, remat = model.get('se_bias', False), model.get('remat', 'none')
+  return Model(model.name, num_classes, stages, model.dtype, se_bias, remat)
 
 
 def _data(data: ml_collections.ConfigDict) -> Data:

@@ -20,8 +20,12 @@ from afi_flax.models import create_model
 _MODEL = flags.DEFINE_string('model', None, 'A network, or a shell pattern such as afi_*.')
 _CONFIG = config_flags.DEFINE_config_file('config', None, "A config's network and picture size.")
 _PAPER = flags.DEFINE_bool('paper', False, "The paper's tables beside ours.")
-_SIZE = flags.DEFINE_integer('image_size', 0, "Pixels; 0: the network's own, 32 or 224.")
-_CLASSES = flags.DEFINE_integer('classes', 0, '0: 100 for pictures of 32 pixels, 1000 for others.')
+_SIZE = flags.DEFINE_integer(
+  'image_size', 0, "Pixels; 0: the network's own, 32 or 224.", lower_bound=0
+)
+_CLASSES = flags.DEFINE_integer(
+  'classes', 0, '0: 100 for pictures of 32 pixels, 1000 for others.', lower_bound=0
+)
 _JSON = flags.DEFINE_string('json', None, 'Write the rows to this file too, unrounded.')
 _CSV = flags.DEFINE_string('csv', None, 'The same as CSV.')
 
@@ -29,6 +33,8 @@ _CSV = flags.DEFINE_string('csv', None, 'The same as CSV.')
 def main(_) -> None:
   if sum(map(bool, (_MODEL.value, _CONFIG.value, _PAPER.value))) != 1:
     raise UserError('give one of --model NAME, --config FILE and --paper')
+  if not _MODEL.value and (_SIZE.value or _CLASSES.value):
+    raise UserError('--image_size and --classes go with --model only')
   if _PAPER.value:
     rows, shown = report.paper_tables()
   elif _CONFIG.value:

@@ -84,11 +84,10 @@ class Arena:
     return [self.in_use(i) for i in range(len(self.parts))]
 
 
-def read_arena(lowered: jax.stages.Lowered, options: dict[str, str] | None = None) -> Arena:
+def read_arena(lowered: jax.stages.Lowered) -> Arena:
   """Compiles for the CPU and reads how XLA laid its temporary arrays out."""
   with tempfile.TemporaryDirectory() as folder:
-    dump = {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
-    lowered.compile({**(options or {}), **dump})
+    lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
 
     def read(ending):
       (path,) = pathlib.Path(folder).glob(f'*cpu_after_optimizations{ending}')

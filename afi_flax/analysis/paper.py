@@ -75,9 +75,9 @@ ROWS = (
 # Table 6, MiB at batch 64 in PyTorch: training and testing.
 MEMORY = {'resnet50': (7447, 3827), 'afi_resnet50': (7001, 2671)}
 MEMORY_REASON = (
-  'XLA is not PyTorch. Its peak of inference lies in the stem and the first block, which are the '
-  'same in both networks, and most of what it keeps for the gradient AFI does not change; see '
-  'results/memory.'
+  'XLA is not PyTorch. On the CPU its peak of inference lies in stage 1, of outputs that are the '
+  'same in both networks; and what it keeps for the gradient is mostly not what AFI halves. '
+  'See results/memory.'
 )
 _PICTURES = config.Data(
   dataset='imagenet2012',

@@ -43,7 +43,7 @@ def zoo(pattern: str, size: int = 0, num_classes: int = 0) -> Report:
     UserError: no network matches.
   """
   names = list_models(pattern)
-  if not names and '*' in pattern:
+  if not names and set('*?[') & set(pattern):
     raise UserError(f'no model matches {pattern!r}; afi_flax.models.list_models() has them all')
   models = [_make(name, num_classes) for name in names or [pattern]]
   sizes = [size or image_size(name) for name in names]
@@ -57,6 +57,8 @@ def zoo(pattern: str, size: int = 0, num_classes: int = 0) -> Report:
     described = {'network': name, 'pixels': pixels, 'classes': model.num_classes}
     rows.append(described | vars(whole))
     shown.append(described | _for_people(whole))
+  if sys.stderr.isatty():
+    print(end='\r\033[K', file=sys.stderr, flush=True)
   return rows, f'{tables.text(shown)}\n\n{_LEGEND}'
 
 

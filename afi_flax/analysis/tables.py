@@ -41,9 +41,10 @@ def write_json(rows: Sequence[Row], path: str) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: str) -> None:
-  """A header with the keys of the first row, and one line a row."""
+  """A header with the keys of all rows, and one line a row; nothing for a key it does not have."""
+  keys = list(dict.fromkeys(key for row in rows for key in row))
   with _open(path, newline='') as file:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer = csv.DictWriter(file, keys, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
 

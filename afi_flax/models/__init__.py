@@ -149,6 +149,9 @@ def _forms() -> dict[str, _Form]:
   return {form.name: form for form in forms}
 
 
+DTYPES = ('float32', 'bfloat16')
+
+
 def list_models(pattern: str = '*') -> list[str]:
   """Names of all networks that match a shell pattern.
 
@@ -209,7 +212,11 @@ def create_model(
   backbone = BACKBONES[form.backbone]
   _check_remat(form, backbone, remat)
   if se_bias and form.block_attention != 'se':
-    raise UserError(f'model.se_bias has no meaning for {name!r}, which has no SE on its blocks')
+    raise UserError(f'model.se_bias has no meaning for {name!r}: no SE on its blocks; use se_...')
+  if dtype not in DTYPES:
+    raise unknown('model.dtype', dtype, DTYPES)
+  if num_classes < 1:
+    raise UserError(f'num_classes {num_classes} must be 1 or more')
   attention = ATTENTIONS[form.block_attention] if form.block_attention else None
   return backbone.make(
     num_classes=num_classes,
@@ -226,7 +233,9 @@ def _fusions(
 ) -> tuple[Fusion | None, ...]:
   every = tuple(range(1, backbone.num_stages + 1))
   if stages is not None and not form.setting:
-    raise UserError(f'model.stages {tuple(stages)} has no meaning for plain {form.name!r}')
+    raise UserError(
+      f'model.stages {tuple(stages)} has no meaning for plain {form.name!r}; use afi_...'
+    )
   chosen = every if stages is None else tuple(stages)
   if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or (every and not chosen):
     raise UserError(f'model.stages {chosen} must be some of {every}, each once, for {form.name!r}')
@@ -240,7 +249,7 @@ def _fusions(
 
 def _check_remat(form: _Form, backbone: Backbone, remat: str) -> None:
   if remat not in REMATS:
-    raise UserError(f'model.remat {remat!r} must be one of {", ".join(REMATS)}')
+    raise unknown('model.remat', remat, REMATS)
   if remat != 'none' and not backbone.num_stages:
     raise UserError(f"model.remat {remat!r} has no meaning for {form.name!r}; use 'none'")
 
@@ -254,8 +263,15 @@ def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int]]:
   Args:
     model: the network.
     image_size: side of the pictures, in pixels; strides are exact if it is a multiple of them.
+
+  Raises:
+    UserError: a network with its classifier, or pictures smaller than the largest stride.
   """
+  if not model.features_only:
+    raise UserError('stage_shapes wants a network without classifier; use features_only=True')
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), 'float32')
   init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
   maps, _ = jax.eval_shape(init, images)
+  if not maps[-1].shape[1]:
+    raise UserError(f'image_size {image_size} leaves nothing of the last map; use 32 or more')
   return [(x.shape[-1], image_size // x.shape[1]) for x in maps]

@@ -10,6 +10,7 @@ wide (`Fusion('half')`, the paper's first setting) or the second one sees twice 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -152,11 +153,10 @@ def fusion_weights(intermediates: Mapping[str, Any]) -> dict[str, Array]:
   Returns:
     {block: s~ f32 [B,N,c]}, which sums to 1 over its N sources, in the network's order.
   """
-  return {
-    name: block['fuse']['afi']['weights'][0]
-    for name, block in intermediates.items()
-    if 'fuse' in block
-  }
+  blocks = [name for name, block in intermediates.items() if 'fuse' in block]
+  # jax.jit sorts names, stage1_block10 before stage1_block2.
+  blocks.sort(key=lambda name: [int(number) for number in re.findall(r'\d+', name)])
+  return {name: intermediates[name]['fuse']['afi']['weights'][0] for name in blocks}
 
 
 def weighted_sum(weights: Array, maps: Sequence[Array]) -> Array:

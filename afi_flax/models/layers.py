@@ -129,7 +129,8 @@ def grouped_conv(x: Array, kernel: Array, strides: int, pad: int, groups: int) -
 
 
 def _grouped_forward(x, kernel, strides, pad, groups):
-  return grouped_conv(x, kernel, strides, pad, groups), (x, kernel)
+  # Not `grouped_conv` itself: `jax.checkpoint` would not see a convolution, and compute it again.
+  return grouped_conv.fun(x, kernel, strides, pad, groups), (x, kernel)
 
 
 def _grouped_backward(strides, pad, groups, saved, gradient):

@@ -56,9 +56,12 @@ def test_paper_marks_where_we_disagree():
 
 
 def test_rows_as_files(tmp_path):
-  rows = [{'name': 'a, b', 'n': 1}, {'name': 'c', 'n': None}]
+  rows = [{'name': 'a, b', 'n': 1}, {'name': 'c', 'm': None}]
   tables.write_json(rows, tmp_path / 'x.json')
   assert json.loads((tmp_path / 'x.json').read_text()) == rows
   tables.write_csv(rows, tmp_path / 'x.csv')
   with open(tmp_path / 'x.csv') as file:
-    assert list(csv.DictReader(file)) == [{'name': 'a, b', 'n': '1'}, {'name': 'c', 'n': ''}]
+    assert list(csv.DictReader(file)) == [
+      {'name': 'a, b', 'n': '1', 'm': ''},
+      {'name': 'c', 'n': '', 'm': ''},
+    ]

@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from afi_flax.models import layers
+from afi_flax.models.resnet import Bottleneck, ResNet
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,21 @@ def test_networks_use_it():
   for plain in (layers.conv(8, 3), layers.conv(4, 3, groups=4)):
     jaxpr = jax.make_jaxpr(plain.apply)(plain.init(jax.random.key(0), x), x)
     assert 'custom_vjp_call' not in str(jaxpr)
+
+
+def test_remat_keeps_grouped_convolutions():
+  """With `fusion`, a gradient convolves as often as without; with `block`, more often."""
+
+  def convolutions(remat):
+    block = functools.partial(Bottleneck, groups=2)
+    model = ResNet((2,), (8,), block, 'cifar', 4, (None,), remat=remat)
+    x = jnp.ones([1, 4, 4, 3])
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+
+    def loss(variables):
+      return model.apply(variables, x, train=False).sum()
+
+    # What is kept is decided when the gradient is made, so the program has only what it needs.
+    return jax.jit(jax.grad(loss)).lower(variables).as_text().count('stablehlo.convolution')
+
+  assert convolutions('none') == convolutions('fusion') < convolutions('block')

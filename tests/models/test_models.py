@@ -150,7 +150,9 @@ def test_refuses(name, stages, says):
   [
     ('resnet32', {'se_bias': True}, 'no SE on its blocks'),
     ('afi_mobilenetv2_cifar_se', {'se_bias': True}, 'no SE on its blocks'),
-    ('resnet32', {'remat': 'all'}, 'one of none, fusion, block'),
+    ('resnet32', {'remat': 'all'}, 'Known: block, fusion, none'),
+    ('resnet32', {'dtype': 'float16'}, 'Known: bfloat16, float32'),
+    ('resnet32', {'num_classes': 0}, 'must be 1 or more'),
     ('densenet121', {'remat': 'block'}, "no meaning for 'densenet121'"),
   ],
 )
@@ -181,6 +183,25 @@ def test_se_with_biases():
 )
 def test_features_only(name, size, shapes):
   assert stage_shapes(create_model(name, features_only=True), size) == shapes
+
+
+def test_stage_shapes_refuses():
+  with pytest.raises(UserError, match='features_only'):
+    stage_shapes(create_model('resnet20'), 32)
+  with pytest.raises(UserError, match='use 32 or more'):
+    stage_shapes(create_model('densenet121', features_only=True), 16)
+
+
+def test_fusion_weights_are_in_the_order_of_the_network():
+  """jax.jit sorts the blocks by name."""
+  sown = {
+    f'stage{i}_block{k}': {'fuse': {'afi': {'weights': (k,)}}} for i, k in ((2, 2), (1, 10), (1, 9))
+  }
+  assert list(fusion_weights(sown | {'head': {}})) == [
+    'stage1_block9',
+    'stage1_block10',
+    'stage2_block2',
+  ]
 
 
 def tiny(**arguments):
