@@ -501,7 +501,7 @@ def run_python(code, *args):
 
 
 def test_kill_in_the_middle_of_a_save(folder, opened):
-  assert run_python(KILLED, folder).wait(timeout=120) == -signal.SIGKILL
+  assert run_python(KILLED, folder).wait(timeout=300) == -signal.SIGKILL
   assert [p.name for p in folder.glob('2*')] == ['2.orbax-checkpoint-tmp']
   checkpoints = opened()
 
@@ -591,4 +591,4 @@ def test_two_processes_decide_alike(tmp_path):
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
   processes = [run_python(TWO_PROCESSES, i, port, tmp_path) for i in (0, 1)]
-  assert [p.wait(timeout=120) for p in processes] == [0, 0]
+  assert [p.wait(timeout=300) for p in processes] == [0, 0]
