@@ -29,11 +29,11 @@ REMATS = ('none', 'fusion', 'block')
 class Features(NamedTuple):
   """The feature maps that the blocks of a stage reuse, each pooled once, when it is made.
 
-  `pooled` has a row for every map that the stage will have, so that all its blocks score arrays of
-  one shape: XLA compiles a kernel once for each shape, here once a stage and not once a block.
+  `pooled` has a row for every map that the stage will have, and the newest map comes first, so that
+  all blocks do the same to arrays of one shape: XLA compiles a kernel once, not for every block.
   """
 
-  maps: tuple[Array, ...]  # X_1 .. X_N, each [B,H,W,c]
+  maps: tuple[Array, ...]  # X_N .. X_1, each [B,H,W,c]
   pooled: Array  # z f32 [B,M,c], M >= N; rows from N on are zeros
 
   @classmethod
@@ -45,8 +45,8 @@ class Features(NamedTuple):
     """With X_{N+1}, which is pooled here."""
     if self.maps and x.shape != self.maps[0].shape:
       raise ValueError(f'AFI integrates maps of one shape, got {self.maps[0].shape} and {x.shape}')
-    row = len(self.maps)
-    return Features((*self.maps, x), self.pooled.at[:, row].set(global_average(x)))
+    pooled = jnp.concatenate([global_average(x)[:, None], self.pooled[:, :-1]], axis=1)
+    return Features((x, *self.maps), pooled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class AFI(nn.Module):
   >>> sorted(variables['params'])
   ['AFI_0', 'AFI_1', 'Conv_0', 'Conv_1', 'Conv_2', 'Conv_3', 'Conv_4', 'Conv_5']
 
-  The weights s~ f32 [B,N,c] are sown as `intermediates/weights`: ask for them with
+  The weights s~ f32 [B,N,c], X_1's first, are sown as `intermediates/weights`: ask for them with
   `apply(..., mutable='intermediates')`.
 
   Attributes:
@@ -118,9 +118,9 @@ class AFI(nn.Module):
       features = _all_at_once(features)
     scores = mlp(features.pooled, self.reduction, use_bias=False)
     number, rows = len(features.maps), scores.shape[1]
-    filled = jnp.where(jnp.arange(rows) < number, 0.0, -jnp.inf)[None, :, None]
-    weights = nn.softmax(scores + filled, axis=1)[:, :number]  # s~ [B,N,c], eq. 1
-    self.sow('intermediates', 'weights', weights)
+    empty = jnp.array([0.0] * number + [-jnp.inf] * (rows - number))
+    weights = nn.softmax(scores + empty[None, :, None], axis=1)[:, :number]  # s~ [B,N,c], eq. 1
+    self.sow('intermediates', 'weights', weights[:, ::-1])
     return weighted_sum(weights, features.maps)  # eq. 2
 
 
@@ -151,7 +151,7 @@ def fusion_weights(intermediates: Mapping[str, Any]) -> dict[str, Array]:
     intermediates: what `apply(..., mutable='intermediates')` returns beside the logits.
 
   Returns:
-    {block: s~ f32 [B,N,c]}, which sums to 1 over its N sources, in the network's order.
+    {block: s~ f32 [B,N,c]}, which sums to 1 over its N sources, X_1 first, in the network's order.
   """
   blocks = [name for name, block in intermediates.items() if 'fuse' in block]
   # jax.jit sorts names, stage1_block10 before stage1_block2.

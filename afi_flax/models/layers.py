@@ -2,7 +2,7 @@
 
 Convolutions: He normal over the fan out, explicit padding of k // 2 on both sides, no bias.
 Batch norm: epsilon 1e-5; running <- 0.9 running + 0.1 batch, where the batch variance is the biased
-one (divided by n, as Flax computes it; PyTorch keeps the unbiased one in its running variance).
+one (divided by n, as in Flax; PyTorch keeps the unbiased one in its running variance).
 Dense: uniform within 1 / sqrt(fan in).
 """
 
@@ -16,6 +16,9 @@ from flax import linen as nn
 
 Array = jax.Array
 Dtype = Any
+
+EPSILON = 1e-5
+MOMENTUM = 0.9
 
 he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # Variance b^2 / 3 of a uniform distribution within b = 1 / sqrt(fan in).
@@ -57,7 +60,7 @@ class ConvBN(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """[B,H,W,C] -> [B, ceil(H / strides), ceil(W / strides), features], of `dtype`."""
     x = conv(self.features, self.kernel, self.strides, self.groups, self.dtype, name='conv')(x)
-    x = batch_norm(train, self.dtype, name='bn')(x)
+    x = BatchNorm(self.dtype, name='bn')(x, train)
     return getattr(nn, self.activation)(x) if self.activation else x
 
 
@@ -73,7 +76,7 @@ class BNReLU(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """[B,H,W,C] -> the same shape."""
-    return nn.relu(batch_norm(train, self.dtype, name='bn')(x))
+    return nn.relu(BatchNorm(self.dtype, name='bn')(x, train))
 
 
 def conv(
@@ -115,6 +118,7 @@ def _conv_general_dilated(
 def grouped_conv(x: Array, kernel: Array, strides: int, pad: int, groups: int) -> Array:
   """A square convolution of channel groups: x [B,H,W,g*i], kernel [k,k,i,g*o] -> [B,H',W',g*o].
 
+  Padded by `pad` on all sides; undilated, of default precision, with reverse-mode derivatives only.
   On the CPU, XLA takes seconds for the kernel's gradient where a group has several inputs; there it
   is a matrix product for each of the k * k shifts, a hundred times faster and the same sum.
   """
@@ -162,11 +166,39 @@ def _grouped_backward(strides, pad, groups, saved, gradient):
 grouped_conv.defvjp(_grouped_forward, _grouped_backward)
 
 
-def batch_norm(train: bool, dtype: Dtype, name: str) -> nn.BatchNorm:
-  """Batch norm with the constants of this file."""
-  return nn.BatchNorm(
-    use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-  )
+class BatchNorm(nn.Module):
+  """Batch norm over all but the last axis, with the constants of this file; float32 inside.
+
+  Written as x * a + b with a = scale / sqrt(var + epsilon): its gradient then needs x alone, which
+  is there as the convolution's result, where (x - mean) * a + bias keeps x - mean besides: a third
+  of all that a network keeps for its gradient. Parameters and statistics are named as Flax's are.
+
+  Attributes:
+    dtype: of the result.
+  """
+
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    """[..., C] -> the same shape, of `dtype`; `train`: by the batch's statistics."""
+    channels = x.shape[-1:]
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, channels)
+    scale = self.param('scale', nn.initializers.ones, channels)
+    bias = self.param('bias', nn.initializers.zeros, channels)
+    x = x.astype('float32')
+    mean, var = running_mean.value, running_var.value
+    axes = tuple(range(x.ndim - 1))
+    if train:
+      mean = x.mean(axes)
+      var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0)
+      if not self.is_initializing():
+        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
+        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
+    factor = scale * jax.lax.rsqrt(var + EPSILON)
+    factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
+    return (x * factor + offset).astype(self.dtype)
 
 
 def global_average(x: Array) -> Array:

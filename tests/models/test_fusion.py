@@ -75,8 +75,9 @@ def test_bfloat16_maps_are_weighted_in_float32():
 
 def test_pooled_features_are_not_pooled_again():
   module, variables, maps = make(3, 8, 4)
-  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in maps], axis=1)
-  features = fusion.Features(tuple(maps), pooled)
+  newest_first = tuple(maps[::-1])
+  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in newest_first], axis=1)
+  features = fusion.Features(newest_first, pooled)
   np.testing.assert_allclose(
     module.apply(variables, features), module.apply(variables, maps), rtol=1e-5
   )
@@ -86,11 +87,12 @@ def test_pooled_features_are_not_pooled_again():
 
 def test_rows_that_are_not_filled_count_for_nothing():
   module, variables, maps = make(3, 8, 4)
-  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in maps], axis=1)
+  newest_first = tuple(maps[::-1])
+  pooled = jnp.stack([x.mean(axis=(1, 2)) for x in newest_first], axis=1)
   more = jnp.concatenate([pooled, jnp.full([2, 4, 8], 100.0)], axis=1)
   want, sown = module.apply(variables, maps, mutable='intermediates')
   got, also_sown = module.apply(
-    variables, fusion.Features(tuple(maps), more), mutable='intermediates'
+    variables, fusion.Features(newest_first, more), mutable='intermediates'
   )
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for weights, wanted in zip(jax.tree.leaves(also_sown), jax.tree.leaves(sown), strict=True):
