@@ -11,6 +11,7 @@ import ml_collections
 
 from afi_flax.data import augment, sources
 from afi_flax.errors import UserError, unknown
+from afi_flax.models import create_model
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
 MAY_DIFFER = ('run', 'data.data_dir')
@@ -127,6 +128,7 @@ def resolve(
 
 
 def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Dataset | None) -> Plan:
+  _model(config.model, num_classes=1)  # a mistake shows before a large folder is listed
   dataset = dataset or _measure(config.data)
   batch = config.batch_size
   _check_batch(batch, device_count, dataset.num_train)
@@ -177,11 +179,12 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
 
 
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
-  _one_of('model.dtype', model.dtype, ('float32', 'bfloat16'))
   stages = tuple(model.stages) or None
   # Runs that were made before these keys have neither.
   se_bias, remat = model.get('se_bias', False), model.get('remat', 'none')
-  return Model(model.name, num_classes, stages, model.dtype, se_bias, remat)
+  resolved = Model(model.name, num_classes, stages, model.dtype, se_bias, remat)
+  create_model(**vars(resolved))  # explains what is wrong; makes no array
+  return resolved
 
 
 def _data(data: ml_collections.ConfigDict) -> Data:

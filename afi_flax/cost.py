@@ -7,6 +7,11 @@
 
 Shapes only are computed, so this takes seconds on any machine; Table 6, which is about memory,
 compiles four programs, which takes a minute.
+
+In the files of --json and --csv, whole numbers for one picture: parameters; macs, the
+multiply-accumulates; paper_flops, the operations that the paper counts, which its tables, and the
+text here, give for 32 pictures; activations, the numbers (not bytes) that come out of convolutions.
+With --paper: parameters; gflops, 1e9 paper_flops for 32 pictures; mib, 2^20 bytes of memory.
 """
 
 from absl import flags
@@ -26,7 +31,9 @@ _SIZE = flags.DEFINE_integer(
 _CLASSES = flags.DEFINE_integer(
   'classes', 0, '0: 100 for pictures of 32 pixels, 1000 for others.', lower_bound=0
 )
-_JSON = flags.DEFINE_string('json', None, 'Write the rows to this file too, unrounded.')
+_JSON = flags.DEFINE_string(
+  'json', None, 'Write the rows to this file too, in the units that are given above.'
+)
 _CSV = flags.DEFINE_string('csv', None, 'The same as CSV.')
 
 
@@ -35,6 +42,8 @@ def main(_) -> None:
     raise UserError('give one of --model NAME, --config FILE and --paper')
   if not _MODEL.value and (_SIZE.value or _CLASSES.value):
     raise UserError('--image_size and --classes go with --model only')
+  for path in filter(None, (_JSON.value, _CSV.value)):
+    tables.check_writable(path)
   if _PAPER.value:
     rows, shown = report.paper_tables()
   elif _CONFIG.value:

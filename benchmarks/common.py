@@ -1,4 +1,4 @@
-"""What the benchmarks share: the run that is measured, times, tables, plots."""
+"""What the benchmarks share: the run that is measured, times, files."""
 
 import importlib.metadata
 import json
@@ -6,7 +6,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,6 @@ from afi_flax.models import create_model
 from configs import common as recipes
 
 JSON = flags.DEFINE_string('json', '', 'Where to write the figures.')
-PLOT = flags.DEFINE_string('plot', '', 'Where to draw them: a PNG file.')
-
-COLOURS = ('#4C78A8', '#E4572E', '#54A24B', '#B279A2')  # as in the learning curves
-_GREY = '#8A8F98'
 
 
 def imagenet_plan(
@@ -73,29 +69,8 @@ def median_seconds(
   return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Aligned columns: names to the left, all else to the right."""
-  cells = [list(header), *map(list, rows)]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = []
-  for first, *rest in cells:
-    aligned = (f'{cell:>{width}}' for cell, width in zip(rest, widths[1:], strict=True))
-    lines.append('  '.join((f'{first:<{widths[0]}}', *aligned)).rstrip())
-  return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
-
-
 def write_json(path: str, **record: Any) -> None:
   """Writes the record with the versions and the machine that it holds for."""
   versions = {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')}
   about = {'versions': versions, 'backend': jax.default_backend(), 'cpu_cores': os.cpu_count()}
   pathlib.Path(path).write_text(json.dumps(about | record, indent=1) + '\n')
-
-
-def style(axes, title: str) -> None:
-  """The looks of the learning curves."""
-  axes.set_title(title, loc='left', fontsize=10, color='#333333')
-  axes.tick_params(labelsize=8, color=_GREY, labelcolor='#333333')
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.spines[['left', 'bottom']].set_color(_GREY)
-  axes.grid(axis='y', color='#EAECEF', linewidth=0.8)
-  axes.set_axisbelow(True)

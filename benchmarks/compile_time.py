@@ -4,27 +4,35 @@
 
 The step is that of a real run, batch 64. Every network is compiled from nothing as often as
 `--rounds` says, AFI's right after its plain network's, and medians are given; `to plain` is the
-ratio of the whole, tracing and compiling.
+ratio of the whole, tracing and compiling. GFLOPs are in the paper's convention, for 32 pictures.
+The file is written after every compilation, so that a run that is ended early leaves what it has.
 """
 
+import functools
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import flags
 
 from afi_flax import commands, config, models
-from afi_flax.analysis import cost
+from afi_flax.analysis import cost, tables
 from benchmarks import common
 from configs import common as recipes
 
+BACKBONES = [name for name, entry in models.BACKBONES.items() if entry.image_size == 32]
 _BACKBONES = flags.DEFINE_list(
-  'backbones',
-  'resnet20,resnet32,resnet44,resnet56,resnet110,resnext29_32x4d,mobilenetv2_cifar,'
-  'shufflenetv2_x1_0_cifar',
-  'Which networks, each plain, with AFI and with AFI-B.',
+  'backbones', BACKBONES, 'Which networks, each plain, with AFI and with AFI-B.'
 )
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'How often each is compiled.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'How often each is compiled.', lower_bound=1)
+
+Times = Mapping[str, Sequence[tuple[float, float]]]  # {network: (seconds to trace, to compile)}
+
+
+def forms(backbone: str) -> tuple[str, str, str]:
+  """The plain network, AFI and AFI-B."""
+  return backbone, f'afi_{backbone}', f'afi_{backbone}_b'
 
 
 def seconds(name: str) -> tuple[float, float]:
@@ -39,45 +47,73 @@ def seconds(name: str) -> tuple[float, float]:
   return traced - start, time.perf_counter() - traced
 
 
+@functools.cache
+def count(name: str) -> cost.Cost:
+  """Of the network with 100 classes."""
+  return cost.total(cost.count(models.create_model(name, 100), 32))
+
+
+def summarise(times: Times) -> list[dict[str, str | int | float]]:
+  """A row for every network that was compiled, plain ones before their AFI forms, with medians."""
+  rows, plain = [], None
+  for name, both in times.items():
+    trace, compile_ = map(statistics.median, zip(*both, strict=True))
+    if not name.startswith('afi_'):  # its AFI forms come next
+      plain = trace + compile_
+    rows.append(
+      {
+        'network': name,
+        'parameters': count(name).parameters,
+        'gflops': round(cost.PAPER_PICTURES * count(name).paper_flops / 1e9, 4),
+        'trace_seconds': round(trace, 2),
+        'compile_seconds': round(compile_, 2),
+        'ratio_to_plain': round((trace + compile_) / plain, 2),
+        'rounds': len(both),
+      }
+    )
+  return rows
+
+
+def show(rows: Sequence[tables.Row]) -> str:
+  """The rows as a table."""
+  return tables.text(
+    [
+      {
+        'network': row['network'],
+        'parameters': row['parameters'],
+        'GFLOPs': f'{row["gflops"]:.2f}',
+        'trace s': f'{row["trace_seconds"]:.1f}',
+        'compile s': f'{row["compile_seconds"]:.1f}',
+        'to plain': f'{row["ratio_to_plain"]:.2f}',
+      }
+      for row in rows
+    ]
+  )
+
+
+def measure(backbones: Sequence[str], rounds: int, path: str) -> list[dict[str, str | int | float]]:
+  """Compiles all; says so, and writes the rows until then to `path` if it is not '', after each."""
+  times, done = {}, 0
+  for backbone in backbones:
+    for _ in range(rounds):
+      for name in forms(backbone):
+        times.setdefault(name, []).append(seconds(name))
+        done += 1
+        total = 3 * rounds * len(backbones)
+        print(f'{done} of {total}: {name} in {sum(times[name][-1]):.1f} s', flush=True)
+        if path:
+          common.write_json(path, batch_size=64, rows=summarise(times))
+  return summarise(times)
+
+
 def main(_) -> None:
   jax.config.update('jax_enable_compilation_cache', False)
-  rows, shown = [], []
-  for backbone in _BACKBONES.value:
-    names = (backbone, f'afi_{backbone}', f'afi_{backbone}_b')
-    times = {name: [] for name in names}
-    for _ in range(_ROUNDS.value):
-      for name in names:
-        times[name].append(seconds(name))
-    for name in names:
-      trace, compile_ = map(statistics.median, zip(*times[name], strict=True))
-      plain = rows[-1]['plain_seconds'] if name != backbone else trace + compile_
-      whole = cost.total(cost.count(models.create_model(name, 100), 32))
-      rows.append(
-        {
-          'network': name,
-          'parameters': whole.parameters,
-          'gflops': round(cost.PAPER_PICTURES * whole.paper_flops / 1e9, 4),
-          'trace_seconds': round(trace, 2),
-          'compile_seconds': round(compile_, 2),
-          'plain_seconds': round(plain, 2),
-          'ratio_to_plain': round((trace + compile_) / plain, 2),
-        }
-      )
-      shown.append(
-        (
-          name,
-          f'{whole.parameters:,}',
-          f'{rows[-1]["gflops"]:.2f}',
-          f'{trace:.1f}',
-          f'{compile_:.1f}',
-          f'{(trace + compile_) / plain:.2f}',
-        )
-      )
-      print(*shown[-1], flush=True)
-  header = ('network', 'parameters', 'GFLOPs', 'trace s', 'compile s', 'to plain')
-  print(f'\n{common.table(header, shown)}')
+  for backbone in _BACKBONES.value:  # a mistake shows before the work
+    for name in forms(backbone):
+      models.create_model(name)
   if common.JSON.value:
-    common.write_json(common.JSON.value, rounds=_ROUNDS.value, batch_size=64, rows=rows)
+    tables.check_writable(common.JSON.value)
+  print(f'\n{show(measure(_BACKBONES.value, _ROUNDS.value, common.JSON.value))}')
 
 
 if __name__ == '__main__':

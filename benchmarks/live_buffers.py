@@ -21,8 +21,8 @@ import tempfile
 import jax
 
 from afi_flax import commands
-from afi_flax.analysis import memory
-from benchmarks import common
+from afi_flax.analysis import memory, tables
+from benchmarks import common, plots
 
 _NETWORKS = ('resnet50', 'afi_resnet50')
 _BLOCK = 'stage1_block2'  # the first block with AFI, whose arrays are listed
@@ -200,8 +200,9 @@ def compare(title: str, columns: dict[str, dict[str, float]], form: str, total: 
   for row in rows:
     first, second = (columns[name].get(row, 0) for name in names)
     ratio = f'{second / first:.3f}' if first else ''
-    cells.append((row, form.format(first), form.format(second), ratio))
-  return f'{title}\n\n{common.table(("", *names, "ratio"), cells)}\n'
+    shown = {names[0]: form.format(first), names[1]: form.format(second)}
+    cells.append({'': row} | shown | {'ratio': ratio})
+  return f'{title}\n\n{tables.text(cells)}\n'
 
 
 def draw(path: str, stages: dict[str, dict[str, int]], parts: dict[str, dict[str, int]]) -> None:
@@ -210,18 +211,18 @@ def draw(path: str, stages: dict[str, dict[str, int]], parts: dict[str, dict[str
 
   fig = figure.Figure(figsize=(12, 4.2), dpi=150, layout='constrained', facecolor='white')
   left, right = fig.subplots(1, 2, width_ratios=(1.2, 1.3))
-  common.style(left, 'training: live at the peak, by the stage that computes it (MiB)')
-  common.style(right, 'inference: most in use while a block runs (MiB)')
+  plots.style(left, 'training: live at the peak, by the stage that computes it (MiB)')
+  plots.style(right, 'inference: most in use while a block runs (MiB)')
   for i, (name, values) in enumerate(stages.items()):
     heights = [size / memory.MIB for size in values.values()]
     places = [k + 0.42 * i - 0.21 for k in range(len(heights))]
-    bars = left.bar(places, heights, width=0.4, color=common.COLOURS[i], label=name)
-    left.bar_label(bars, fmt='{:,.0f}', fontsize=6.5, padding=2, color=common.COLOURS[i])
+    bars = left.bar(places, heights, width=0.4, color=plots.COLOURS[i], label=name)
+    left.bar_label(bars, fmt='{:,.0f}', fontsize=6.5, padding=2, color=plots.COLOURS[i])
     left.set_xticks(range(len(values)), list(values))
   for i, (name, values) in enumerate(parts.items()):
     heights = [size / memory.MIB for size in values.values()]
     line = ('-', '--')[i]  # the second one lies on the first
-    right.plot(heights, line, color=common.COLOURS[i], marker='o', markersize=3.5, label=name)
+    right.plot(heights, line, color=plots.COLOURS[i], marker='o', markersize=3.5, label=name)
     short = [part.removeprefix('stage').replace('_block', '.') for part in values]
     right.set_xticks(range(len(values)), short)
   right.set_xlabel('stage.block', fontsize=9, color='#333333')
@@ -265,10 +266,10 @@ def main(_) -> None:
   )
   print(compare('Inference: most in use while a block runs, MiB', _mib(parts), '{:,.0f}', False))
   for name, buffers in live.items():
-    rows = [(f'{b.part} {b.what}', f'{b.size / memory.MIB:,.0f}') for b in buffers]
-    print(f'Inference: live at the peak of {name}\n\n{common.table(("", "MiB"), rows)}\n')
-  if common.PLOT.value:
-    draw(common.PLOT.value, stages, parts)
+    rows = [{'': f'{b.part} {b.what}', 'MiB': f'{b.size / memory.MIB:,.0f}'} for b in buffers]
+    print(f'Inference: live at the peak of {name}\n\n{tables.text(rows)}\n')
+  if plots.PLOT.value:
+    draw(plots.PLOT.value, stages, parts)
   if common.JSON.value:
     common.write_json(
       common.JSON.value,

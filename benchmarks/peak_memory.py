@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from afi_flax import commands, config, models
-from afi_flax.analysis import memory
+from afi_flax.analysis import memory, tables
 from afi_flax.errors import UserError
 from afi_flax.models.fusion import REMATS
 from benchmarks import common
@@ -81,18 +81,17 @@ def show(peaks: dict[tuple[str, str], int], first: str) -> str:
     return f'{peak / peaks[key]:.3f}' if key in peaks else ''
 
   rows = [
-    (
-      name,
-      'inference' if task == 'inference' else 'training',
-      '' if task == 'inference' else task,
-      f'{peak / memory.MIB:,.0f}',
-      ratio(peak, (first, task)),
-      '' if task == 'inference' else ratio(peak, (first, 'none')),
-    )
+    {
+      'network': name,
+      'task': 'inference' if task == 'inference' else 'training',
+      'remat': '' if task == 'inference' else task,
+      'MiB': f'{peak / memory.MIB:,.0f}',
+      f'to {first}': ratio(peak, (first, task)),
+      f'to {first}, remat none': '' if task == 'inference' else ratio(peak, (first, 'none')),
+    }
     for (name, task), peak in peaks.items()
   ]
-  header = ('network', 'task', 'remat', 'MiB', f'to {first}', f'to {first}, remat none')
-  return common.table(header, rows)
+  return tables.text(rows)
 
 
 def main(_) -> None:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from afi_flax import commands, config, models, optim, sharding, state
-from afi_flax.analysis import memory
+from afi_flax.analysis import memory, tables
 from afi_flax.models.fusion import REMATS
-from benchmarks import common
+from benchmarks import common, plots
 from configs import common as recipes
 
 _NETWORKS = ('resnet32', 'afi_resnet32')
@@ -69,15 +69,15 @@ def draw(path: str, peaks: dict, seconds: dict) -> None:
   first = next(iter(peaks))
   fig = figure.Figure(figsize=(6.5, 4.2), dpi=150, layout='constrained', facecolor='white')
   axes = fig.subplots()
-  common.style(axes, f'what model.remat saves and costs, relative to {first[0]} without it')
+  plots.style(axes, f'what model.remat saves and costs, relative to {first[0]} without it')
   for i, name in enumerate(_NETWORKS):
     x = [peaks[name, remat] / peaks[first] for remat in REMATS]
     y = [seconds[name, remat] / seconds[first] for remat in REMATS]
-    axes.plot(x, y, color=common.COLOURS[i], marker='o', linewidth=1.2, label=name)
+    axes.plot(x, y, color=plots.COLOURS[i], marker='o', linewidth=1.2, label=name)
     for place, remat in zip(zip(x, y, strict=True), REMATS, strict=True):
       axes.annotate(
         remat, place, (6, (6, -12)[i]), textcoords='offset points', fontsize=8,
-        color=common.COLOURS[i],
+        color=plots.COLOURS[i],
       )  # fmt: skip
   axes.set_xlabel('peak memory', fontsize=9, color='#333333')
   axes.set_ylabel('time of a training step', fontsize=9, color='#333333')
@@ -101,22 +101,21 @@ def main(_) -> None:
     return f'{values[name, remat] / values[name, "none"]:.2f}'
 
   rows = [
-    (
-      name,
-      remat,
-      f'{peaks[name, remat] / memory.MIB:,.0f}',
-      ratio(peaks, name, remat),
-      f'{seconds[name, remat] * 1000:,.0f}',
-      ratio(seconds, name, remat),
-    )
+    {
+      'network': name,
+      'remat': remat,
+      'MiB': f'{peaks[name, remat] / memory.MIB:,.0f}',
+      'to none': ratio(peaks, name, remat),
+      'ms a step': f'{seconds[name, remat] * 1000:,.0f}',
+      'to none ': ratio(seconds, name, remat),
+    }
     for name, remat in runs
   ]
-  header = ('network', 'remat', 'MiB', 'to none', 'ms a step', 'to none')
   kind = jax.devices()[0].device_kind
   print(f'\nTraining, batch 64 of 32 pixels, on {kind}; medians of {_ROUNDS} steps\n')
-  print(common.table(header, rows))
-  if common.PLOT.value:
-    draw(common.PLOT.value, peaks, seconds)
+  print(tables.text(rows))
+  if plots.PLOT.value:
+    draw(plots.PLOT.value, peaks, seconds)
   if common.JSON.value:
     figures = [
       {

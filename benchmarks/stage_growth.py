@@ -25,12 +25,12 @@ from absl import flags
 from flax import linen as nn
 
 from afi_flax import commands
-from afi_flax.analysis import memory
+from afi_flax.analysis import memory, tables
 from afi_flax.errors import UserError
 from afi_flax.models.fusion import Features, Fusion, run_stage
 from afi_flax.models.layers import ConvBN
 from afi_flax.models.resnet import BasicBlock
-from benchmarks import common
+from benchmarks import common, plots
 
 Array = jax.Array
 
@@ -130,17 +130,18 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 def show(lengths: list[int], figures: dict[tuple[str, int], dict[str, float]]) -> str:
   """A table for each measure: a row for each kind, a column for each length, and the exponent."""
-  tables = []
+  shown = []
   for name in MEASURES:
     rows = []
     for kind in KINDS:
       values = [figures[kind, n][name] for n in lengths]
       form = '{:,.1f}' if max(values) < 1000 else '{:,.0f}'
       slopes = (exponent(lengths, values), exponent(lengths[-2:], values[-2:]))
-      rows.append((kind, *map(form.format, values), *map('{:.2f}'.format, slopes)))
-    header = (name, *(f'{n} blocks' for n in lengths), 'exponent', 'at the end')
-    tables.append(common.table(header, rows))
-  return '\n\n'.join(tables)
+      columns = {f'{n} blocks': form.format(v) for n, v in zip(lengths, values, strict=True)}
+      ends = {'exponent': f'{slopes[0]:.2f}', 'at the end': f'{slopes[1]:.2f}'}
+      rows.append({name: kind} | columns | ends)
+    shown.append(tables.text(rows))
+  return '\n\n'.join(shown)
 
 
 def draw(path: str, lengths: list[int], figures: dict[tuple[str, int], dict[str, float]]) -> None:
@@ -153,11 +154,11 @@ def draw(path: str, lengths: list[int], figures: dict[tuple[str, int], dict[str,
     'ms a gradient': 'time of a gradient (ms)',
   }
   for axes, (name, title) in zip(fig.subplots(1, 2), panels.items(), strict=True):
-    common.style(axes, title)
+    plots.style(axes, title)
     lines = {kind: [figures[kind, n][name] for n in lengths] for kind in KINDS}
     label_at = 0.0  # labels rise with the lines' ends, each clear of the one below
     for kind in sorted(KINDS, key=lambda kind: lines[kind][-1]):
-      values, colour = lines[kind], common.COLOURS[KINDS.index(kind)]
+      values, colour = lines[kind], plots.COLOURS[KINDS.index(kind)]
       axes.loglog(lengths, values, color=colour, marker='o', markersize=3.5, linewidth=1.6)
       label_at = max(values[-1], 1.2 * label_at)
       slope = exponent(lengths[-2:], values[-2:])
@@ -188,8 +189,8 @@ def main(_) -> None:
     f'\nThe gradient of a stage of width {_WIDTH}, batch {_BATCH} of {_SIZE} pixels, '
     f'on {jax.devices()[0].device_kind}; medians of {_ROUNDS}\n\n{show(lengths, figures)}'
   )
-  if common.PLOT.value:
-    draw(common.PLOT.value, lengths, figures)
+  if plots.PLOT.value:
+    draw(plots.PLOT.value, lengths, figures)
   if common.JSON.value:
     common.write_json(
       common.JSON.value,

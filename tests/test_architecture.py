@@ -18,7 +18,7 @@ ALLOWED = {
   'random_draws': set(),
   'models': {'errors', 'models'},
   'data': {'errors', 'random_draws', 'data'},
-  'config': {'errors', 'data'},
+  'config': {'errors', 'data', 'models'},
   'preprocess': LOW,
   'losses': LOW,
   'metrics': LOW,

@@ -61,7 +61,7 @@ def load(name, arg=''):
 def variants(name):
   if not load(name).model.name.startswith('afi_'):
     return ('', 'smoke', 'se')
-  return ('', 'smoke', 'b', 'stages=1', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
+  return ('', 'smoke', 'b', 'stages=2', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -214,7 +214,11 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('epochs', 0.0, 'epochs 0'),
     ('epochs', float('nan'), 'epochs nan'),
     ('seed', -1, 'seed -1'),
+    ('model.name', 'afi_resnet33', "unknown model 'afi_resnet33'; did you mean 'afi_resnet3"),
+    ('model.stages', (3, 4), 'model.stages .3, 4. must be some of .1, 2, 3.'),
     ('model.dtype', 'float16', "unknown model.dtype 'float16'"),
+    ('model.se_bias', True, 'model.se_bias has no meaning'),
+    ('model.remat', 'all', "unknown model.remat 'all'"),
     ('data.dataset', 'cifar101', "did you mean 'cifar10"),
     ('data.augment', 'flip', 'unknown data.augment'),
     ('data.eval_split', 'tset', 'tset'),
@@ -242,6 +246,16 @@ def test_refuses(key, value, says):
   with pytest.raises(UserError, match=says.replace('(', r'\(')) as error:
     resolve(config, device_count=8)
   assert '\n' not in str(error.value)
+
+
+def test_a_mistake_in_the_model_shows_before_the_data_are_looked_for():
+  config = load('image_folder')
+  config.data.data_dir = '/none'
+  with pytest.raises(UserError, match='/none'):
+    resolve(config)
+  config.model.name = 'resnet51'
+  with pytest.raises(UserError, match="unknown model 'resnet51'"):
+    resolve(config)
 
 
 @pytest.mark.parametrize(

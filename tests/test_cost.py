@@ -24,6 +24,7 @@ def test_a_file_that_cannot_be_written_is_a_mistake_in_one_line():
   result = run('--model=resnet20', '--json=/none/rows.json')
   assert result.returncode == 2
   assert result.stderr == 'error: cannot write /none/rows.json: No such file or directory\n'
+  assert result.stdout == '', 'found out before the work'
 
 
 @pytest.mark.slow

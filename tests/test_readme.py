@@ -44,7 +44,22 @@ class FakeRun:
 @pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
 def test_python(code, monkeypatch):
   monkeypatch.setattr(afi_flax, 'load_run', FakeRun, raising=False)
-  exec(compile(code, 'README.md', 'exec'), {'__name__': '__main__'})
+  names = {'__name__': '__main__'}
+  exec(compile(code, 'README.md', 'exec'), names)
+  if 'MyStage' in names:
+    check_a_stage_of_your_own(names['MyStage'], names['x'], names['variables']['params'])
+
+
+def check_a_stage_of_your_own(stage, x, afi):
+  """Only the setting differs: blocks 2 to 4 compute half as much and reuse the other half."""
+  plain = jax.eval_shape(stage().init, jax.random.key(0), x)['params']
+  for name in ('block1', 'block2', 'block3', 'block4'):
+    fused = name != 'block1'
+    assert 'fuse' not in plain[name]
+    assert ('fuse' in afi[name]) == fused
+    assert plain[name]['Conv_0']['kernel'].shape == (3, 3, 64, 64)
+    assert afi[name]['Conv_0']['kernel'].shape == (3, 3, 64, 32 if fused else 64)
+    assert plain[name]['Conv_1']['kernel'].shape == afi[name]['Conv_1']['kernel'].shape
 
 
 def test_configs_and_targets_exist():

@@ -20,12 +20,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from afi_flax.models.attention import CBAM, ECA, GE, SE
-from afi_flax.models.fusion import AFI, Features
-from afi_flax.models.layers import GlobalAveragePool
+from afi_flax.models.fusion import AFI, Features, Fusion
+from afi_flax.models.layers import BatchNorm, GlobalAveragePool
 
 PAPER_PICTURES = 32  # that the paper's FLOPs are for
 
@@ -40,11 +39,18 @@ class Cost:
   activations: int = 0  # numbers that come out of convolutions, as in the RegNet paper and in timm
 
   def __add__(self, other: 'Cost') -> 'Cost':
-    return Cost(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+    return Cost(
+      self.parameters + other.parameters,
+      self.macs + other.macs,
+      self.paper_flops + other.paper_flops,
+      self.activations + other.activations,
+    )
 
   def repeated(self, times: int) -> 'Cost':
     """Of the same layer, applied several times."""
-    return Cost(self.parameters, *(times * n for n in _values(self)[1:]))
+    return Cost(
+      self.parameters, times * self.macs, times * self.paper_flops, times * self.activations
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Stage:
 
 
 def count(model: nn.Module, image_size: int) -> list[Layer]:
-  """All layers of a network in the order in which they are called.
+  """All layers of a network in the order in which they are called; parameters at the first call.
 
   >>> from afi_flax.models import create_model
   >>> layers = count(create_model('resnet32', num_classes=100), image_size=32)
@@ -83,7 +89,13 @@ def count(model: nn.Module, image_size: int) -> list[Layer]:
   counter = _Counter()
   with nn.intercept_methods(counter):
     jax.eval_shape(functools.partial(model.init, jax.random.key(0), train=False), images)
-  return counter.layers
+  called, layers = set(), []
+  for layer in counter.layers:
+    if layer.path in called:
+      layer = dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, parameters=0))
+    layers.append(layer)
+    called.add(layer.path)
+  return layers
 
 
 def total(layers: Iterable[Layer]) -> Cost:
@@ -103,41 +115,52 @@ def stages(layers: Sequence[Layer]) -> list[Stage]:
 
 
 class _Counter:
-  """Notes every call of a module. What was called before, on equal shapes, is not traced again."""
+  """Notes every call of a module. What was called before, on equal shapes, is not traced again.
+
+  AFI treats its maps alike, and so does a block with a fusion setting, which passes them to `Fuse`
+  and nothing else (see `run_stage`): one map is traced, and what is inside AFI counts for each.
+  """
 
   def __init__(self):
     self.layers: list[Layer] = []
 
   def __call__(self, call, args, kwargs, context):
-    module, times = context.module, 1
+    module = context.module
     if context.method_name != '__call__':
       return call(*args, **kwargs)
-    if isinstance(module, AFI):  # treats its maps alike: one of them is traced
-      args, times = _first_map(*args)
-    key = _key(module, args, kwargs)
-    if key in _SEEN:
-      shapes = _SEEN[key][1]
-      result = jax.tree.map(lambda s: jnp.zeros(*s), shapes, is_leaf=_is_shape)
-    else:
-      before, self.layers = self.layers, []
+    one_map, num_maps = _first_map(module, args, kwargs)
+    key = _key(module, *one_map)
+    try:
+      seen = _SEEN.get(key)
+    except TypeError:  # The module holds others, whose names do not begin with its own.
       result = call(*args, **kwargs)
-      if own := _own(module, args, result):
-        self.layers.append(own)
-      inside, self.layers = self.layers, before
-      depth = len(module.path)
-      inside = [dataclasses.replace(layer, path=layer.path[depth:]) for layer in inside]
-      _SEEN[key] = inside, jax.tree.map(lambda x: (x.shape, x.dtype), result)
-    for layer in _SEEN[key][0]:
-      path = (*module.path, *layer.path)
-      self.layers.append(dataclasses.replace(layer, path=path, cost=layer.cost.repeated(times)))
-    return result
+      self.layers += _own(module, args, result)
+      return result
+    if seen is None:
+      _SEEN[key] = self._trace(call, module, *one_map)
+    layers, tree, shapes = _SEEN[key]
+    for layer in layers:
+      cost = layer.cost
+      if num_maps > 1 and (isinstance(module, AFI) or 'afi' in layer.path):  # as `Fuse` names it
+        cost = cost.repeated(num_maps)
+      self.layers.append(Layer((*module.path, *layer.path), layer.label, layer.size, cost))
+    return tree.unflatten([jax.lax.empty(*shape) for shape in shapes])
+
+  def _trace(self, call, module, args, kwargs) -> 'tuple[list[Layer], Any, list]':
+    """Layers with paths from the module on, the structure of its result and its arrays' shapes."""
+    if isinstance(module, nn.Conv | nn.Dense):  # Values cost nothing, but much time to trace.
+      object.__setattr__(module, 'kernel_init', nn.initializers.zeros)
+      object.__setattr__(module, 'bias_init', nn.initializers.zeros)
+    before, self.layers = self.layers, []
+    result = call(*args, **kwargs)
+    inside, self.layers = self.layers + _own(module, args, result), before
+    depth = len(module.path)
+    inside = [dataclasses.replace(layer, path=layer.path[depth:]) for layer in inside]
+    leaves, tree = jax.tree.flatten(result)
+    return inside, tree, [(x.shape, x.dtype) for x in leaves]
 
 
-_SEEN: dict[Any, tuple[list[Layer], Any]] = {}
-
-
-def _is_shape(x: Any) -> bool:
-  return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], jnp.dtype)
+_SEEN = {}  # {key of a call: what `_Counter._trace` returned}
 
 
 def _key(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -145,34 +168,52 @@ def _key(module: nn.Module, args: tuple, kwargs: dict) -> Any:
   fields = tuple(
     getattr(module, field.name)
     for field in dataclasses.fields(module)
-    if field.name not in ('name', 'parent')
+    if field.name not in ('name', 'parent', 'kernel_init', 'bias_init')
   )
   leaves, tree = jax.tree.flatten((args, kwargs))
-  shapes = tuple((x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves)
+  shapes = tuple((x.shape, x.dtype) if hasattr(x, 'shape') else x for x in leaves)
   return type(module), fields, tree, shapes
 
 
-def _first_map(features: Features | Sequence[jax.Array]) -> tuple[tuple[Any], int]:
-  """The arguments of AFI on the first of its maps only, and how many there are."""
-  if not isinstance(features, Features):
-    return (features[:1],), len(features)
-  return (Features(features.maps[:1], features.pooled[:, :1]),), len(features.maps)
+def _first_map(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple[tuple, dict], int]:
+  """Arguments with one map only, where the module treats maps alike, and how many there are."""
+  if isinstance(module, AFI):
+    kinds = (Features, list, tuple)
+  elif isinstance(vars(module).get('fusion'), Fusion):
+    kinds = (Features,)
+  else:
+    return (args, kwargs), 1
+  number = 1
+
+  def first(x):
+    nonlocal number
+    if not isinstance(x, kinds):
+      return x
+    if not isinstance(x, Features):
+      number = len(x)
+      return x[:1]
+    number = len(x.maps)
+    batch, _, channels = x.pooled.shape
+    return Features(x.maps[:1], jax.lax.empty((batch, 1, channels), x.pooled.dtype))
+
+  one_map = tuple(map(first, args)), {name: first(x) for name, x in kwargs.items()}
+  return one_map, number
 
 
-def _own(module: nn.Module, args: tuple, result: Any) -> Layer | None:
-  """The layer that the module itself is, its submodules not counted."""
+def _own(module: nn.Module, args: tuple, result: Any) -> list[Layer]:
+  """The layer that the module itself is, if it is one, its submodules not counted."""
   if isinstance(module, nn.Conv | nn.Dense):
-    return _multiplication(module, result)
-  if isinstance(module, nn.BatchNorm):
+    return [_multiplication(module, result)]
+  if isinstance(module, nn.BatchNorm | BatchNorm):
     elements = math.prod(result.shape[1:])
     cost = Cost(_parameters(module), paper_flops=2 * elements)
-    return Layer(module.path, '', result.shape[1:3], cost)
+    return [Layer(module.path, '', result.shape[1:3], cost)]
   if isinstance(module, GlobalAveragePool):
     _, height, width, channels = args[0].shape
-    return Layer(module.path, '', (), Cost(paper_flops=(height * width + 1) * channels))
+    return [Layer(module.path, '', (), Cost(paper_flops=(height * width + 1) * channels))]
   if isinstance(module, AFI | SE | GE | CBAM | ECA):
-    return Layer(module.path, type(module).__name__, (), Cost())
-  return None
+    return [Layer(module.path, type(module).__name__, (), Cost())]
+  return []
 
 
 def _multiplication(module: nn.Conv | nn.Dense, result: jax.Array) -> Layer:
@@ -207,7 +248,3 @@ def _describe(layers: Sequence[Layer]) -> str:
   return ' + '.join(
     (f'{number} x ' if number > 1 else '') + f'[{", ".join(block)}]' for number, block in runs
   )
-
-
-def _values(cost: Cost) -> tuple[int, ...]:
-  return dataclasses.astuple(cost)

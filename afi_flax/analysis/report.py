@@ -19,8 +19,12 @@ Report = tuple[list[tables.Row], str]  # rows, text
 
 
 def network(name: str, model: nn.Module, size: int) -> Report:
-  """One network, a row for each stage and one for the whole: the paper's Table 3."""
-  layers = cost.count(model, size)
+  """One network, a row for each stage and one for the whole: the paper's Table 3.
+
+  Raises:
+    UserError: pictures of `size` pixels are too small for it.
+  """
+  layers = _count(name, model, size)
   whole = cost.Stage('total', (size, size), '', cost.total(layers))
   rows, shown = [], []
   for stage in [*cost.stages(layers), whole]:
@@ -40,7 +44,7 @@ def zoo(pattern: str, size: int = 0, num_classes: int = 0) -> Report:
     num_classes: 0: 100 for networks for 32-pixel pictures, 1000 for others.
 
   Raises:
-    UserError: no network matches.
+    UserError: no network matches, or pictures are too small for one.
   """
   names = list_models(pattern)
   if not names and set('*?[') & set(pattern):
@@ -53,7 +57,7 @@ def zoo(pattern: str, size: int = 0, num_classes: int = 0) -> Report:
   for name, model, pixels in zip(names, models, sizes, strict=True):
     if sys.stderr.isatty():
       print(f'\r{len(rows) + 1} of {len(names)}', end='', file=sys.stderr, flush=True)
-    whole = cost.total(cost.count(model, pixels))
+    whole = cost.total(_count(name, model, pixels))
     described = {'network': name, 'pixels': pixels, 'classes': model.num_classes}
     rows.append(described | vars(whole))
     shown.append(described | _for_people(whole))
@@ -87,6 +91,13 @@ def paper_tables(with_memory: bool = True) -> Report:
     'by how much ours differs. GFLOPs: for 32 pictures, in the convention of the paper.'
   )
   return rows, '\n\n'.join([*parts, legend, '\n'.join(notes)])
+
+
+def _count(name: str, model: nn.Module, size: int) -> list[cost.Layer]:
+  layers = cost.count(model, size)
+  if any(0 in layer.size for layer in layers):
+    raise UserError(f'image_size {size} leaves nothing of the last map of {name!r}; use 32 or more')
+  return layers
 
 
 def _make(name: str, num_classes: int) -> nn.Module:

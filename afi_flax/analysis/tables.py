@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
@@ -33,9 +34,21 @@ def text(rows: Sequence[Row]) -> str:
   )
 
 
+def check_writable(path: str) -> None:
+  """Finds out, before the work, whether a file can be written; what it holds stays.
+
+  Raises:
+    UserError: it cannot, and why.
+  """
+  is_new = not os.path.exists(path)
+  _open(path, 'a').close()
+  if is_new:
+    os.remove(path)
+
+
 def write_json(rows: Sequence[Row], path: str) -> None:
   """A list with one object a row."""
-  with _open(path) as file:
+  with _open(path, 'w') as file:
     json.dump([dict(row) for row in rows], file, indent=1)
     file.write('\n')
 
@@ -43,15 +56,15 @@ def write_json(rows: Sequence[Row], path: str) -> None:
 def write_csv(rows: Sequence[Row], path: str) -> None:
   """A header with the keys of all rows, and one line a row; nothing for a key it does not have."""
   keys = list(dict.fromkeys(key for row in rows for key in row))
-  with _open(path, newline='') as file:
+  with _open(path, 'w', newline='') as file:
     writer = csv.DictWriter(file, keys, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
 
 
-def _open(path: str, **arguments) -> IO[str]:
+def _open(path: str, mode: str, **arguments) -> IO[str]:
   try:
-    return open(path, 'w', **arguments)
+    return open(path, mode, **arguments)
   except OSError as error:
     raise UserError(f'cannot write {path}: {error.strerror}') from error
 

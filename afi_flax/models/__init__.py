@@ -19,12 +19,11 @@ import jax
 from flax import linen as nn
 
 from afi_flax.errors import UserError, unknown
+from afi_flax.models import mobilenet_v2, shufflenet_v2
 from afi_flax.models.attention import ATTENTIONS
 from afi_flax.models.densenet import DenseNet
 from afi_flax.models.fusion import AFI, REMATS, Fusion, fusion_weights
-from afi_flax.models.mobilenet_v2 import MobileNetV2
 from afi_flax.models.resnet import BasicBlock, Bottleneck, ResNet
-from afi_flax.models.shufflenet_v2 import ShuffleNetV2
 
 __all__ = [
   'AFI',
@@ -42,39 +41,44 @@ class Backbone:
 
   Attributes:
     make: (num_classes, fusions, attention, dtype, remat, features_only) -> module.
-    num_stages: stages that can carry AFI, counted from 1; 0: a network that has no such form.
+    blocks: of every stage, which can carry AFI if they are several; (): it has no such form.
     reductions: r of the AFI and of the AFI-B form.
     image_size: side of the pictures that it is made for, in pixels.
   """
 
   make: Callable[..., nn.Module]
-  num_stages: int
+  blocks: Sequence[int]
   reductions: tuple[int, int] = (4, 16)
   image_size: int = 224
 
 
-def _resnet(blocks: Sequence[int], block, stem: str = 'imagenet', width: int = 64) -> Backbone:
+def _resnet(
+  blocks: Sequence[int],
+  block: Callable[..., nn.Module],
+  stem: str = 'imagenet',
+  width: int = 64,
+  reductions: tuple[int, int] = (4, 16),
+  **options: int,
+) -> Backbone:
   widths = tuple(width * 2**i for i in range(len(blocks)))
-  make = functools.partial(ResNet, blocks, widths, block, stem)
-  return Backbone(make, len(blocks), image_size=32 if stem == 'cifar' else 224)
+  make = functools.partial(ResNet, blocks, widths, block, stem, **options)
+  return Backbone(make, blocks, reductions, image_size=32 if stem == 'cifar' else 224)
 
 
 def _cifar_resnet(depth: int) -> Backbone:
   """ResNet-(6N+2)."""
-  blocks = ((depth - 2) // 6,) * 3
-  make = functools.partial(ResNet, blocks, (16, 32, 64), BasicBlock, 'cifar', stem_width=16)
-  return Backbone(make, num_stages=3, image_size=32)
+  return _resnet(((depth - 2) // 6,) * 3, BasicBlock, 'cifar', width=16, stem_width=16)
 
 
 def _shufflenet(widths: tuple[int, int, int, int], cifar: bool) -> Backbone:
-  make = functools.partial(ShuffleNetV2, widths, cifar)
-  return Backbone(make, num_stages=3, image_size=32 if cifar else 224)
+  make = functools.partial(shufflenet_v2.ShuffleNetV2, widths, cifar)
+  return Backbone(make, shufflenet_v2.BLOCKS, image_size=32 if cifar else 224)
 
 
 def _mobilenet(cifar: bool, multiplier: float = 1.0) -> Backbone:
-  make = functools.partial(MobileNetV2, cifar, multiplier=multiplier)
-  size = 32 if cifar else 224
-  return Backbone(make, num_stages=7, reductions=(16, 16), image_size=size)
+  make = functools.partial(mobilenet_v2.MobileNetV2, cifar, multiplier=multiplier)
+  blocks = tuple(n for _, _, n, _ in mobilenet_v2.IMAGENET_STAGES)
+  return Backbone(make, blocks, reductions=(16, 16), image_size=32 if cifar else 224)
 
 
 _RESNEXT_BLOCK = functools.partial(Bottleneck, groups=32, expansion=2)
@@ -95,11 +99,8 @@ BACKBONES: dict[str, Backbone] = {
   'resnet18_cifar': _resnet((2, 2, 2, 2), BasicBlock, 'cifar'),
   'resnet34_cifar': _resnet((3, 4, 6, 3), BasicBlock, 'cifar'),
   'resnet50_cifar': _resnet((3, 4, 6, 3), Bottleneck, 'cifar'),
-  'resnext29_32x4d': Backbone(
-    functools.partial(ResNet, (3, 3, 3), (128, 256, 512), _RESNEXT_BLOCK, 'cifar', stem_kernel=1),
-    num_stages=3,
-    reductions=(4, 8),
-    image_size=32,
+  'resnext29_32x4d': _resnet(
+    (3, 3, 3), _RESNEXT_BLOCK, 'cifar', width=128, reductions=(4, 8), stem_kernel=1
   ),
   'resnext50_32x4d': _resnet((3, 4, 6, 3), _RESNEXT_BLOCK, width=128),
   'mobilenetv2_cifar': _mobilenet(cifar=True),
@@ -112,7 +113,7 @@ BACKBONES: dict[str, Backbone] = {
   # The paper of ShuffleNetV2 has 244 where the 32-pixel variant has 224.
   'shufflenetv2_x2_0': _shufflenet((244, 488, 976, 2048), cifar=False),
   'densenet121': Backbone(
-    lambda fusions, attention, remat, **kwargs: DenseNet((6, 12, 24, 16), **kwargs), num_stages=0
+    lambda fusions, attention, remat, **kwargs: DenseNet((6, 12, 24, 16), **kwargs), blocks=()
   ),
 }
 
@@ -139,7 +140,7 @@ def _forms() -> dict[str, _Form]:
   """All names."""
   forms = []
   for backbone, entry in BACKBONES.items():
-    if not entry.num_stages:
+    if not entry.blocks:
       forms.append(_Form(backbone))
       continue
     for block_attention in ('', 'se'):
@@ -189,7 +190,8 @@ def create_model(
   Args:
     name: one of `list_models()`.
     num_classes: K.
-    stages: which stages, from 1, carry AFI; None: all. Only for `afi_*` networks.
+    stages: which stages, from 1, carry AFI; None: all that can. Only for `afi_*` networks, and
+      for stages of several blocks: the first one of a stage has nothing to reuse.
     dtype: of the computation, 'float32' or 'bfloat16'.
     se_bias: biases in Squeeze-and-Excitation, as timm's networks have them. Only for `se_*`.
     remat: what is not kept for the gradient but computed again, so that training needs less memory:
@@ -231,16 +233,24 @@ def create_model(
 def _fusions(
   form: _Form, backbone: Backbone, stages: Sequence[int] | None
 ) -> tuple[Fusion | None, ...]:
-  every = tuple(range(1, backbone.num_stages + 1))
-  if stages is not None and not form.setting:
-    raise UserError(
-      f'model.stages {tuple(stages)} has no meaning for plain {form.name!r}; use afi_...'
-    )
-  chosen = every if stages is None else tuple(stages)
-  if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or (every and not chosen):
-    raise UserError(f'model.stages {chosen} must be some of {every}, each once, for {form.name!r}')
+  every = tuple(range(1, len(backbone.blocks) + 1))
   if not form.setting:
+    if stages is not None:
+      raise UserError(
+        f'model.stages {tuple(stages)} has no meaning for plain {form.name!r}; use afi_...'
+      )
     return (None,) * len(every)
+  several = tuple(i for i in every if backbone.blocks[i - 1] > 1)
+  chosen = several if stages is None else tuple(stages)
+  if set(chosen) - set(every) or len(set(chosen)) < len(chosen) or not chosen:
+    raise UserError(
+      f'model.stages {chosen} must be some of {several}, each once, for {form.name!r}'
+    )
+  if single := set(chosen) - set(several):
+    raise UserError(
+      f'model.stages {chosen}: stage {min(single)} of {form.name!r} has one block, so nothing to '
+      f'reuse; use some of {several}'
+    )
   reduction = backbone.reductions[form.setting == 'full']
   attention = ATTENTIONS[form.fusion_attention] if form.fusion_attention else None
   fusion = Fusion(form.setting, reduction, attention)
@@ -250,7 +260,7 @@ def _fusions(
 def _check_remat(form: _Form, backbone: Backbone, remat: str) -> None:
   if remat not in REMATS:
     raise unknown('model.remat', remat, REMATS)
-  if remat != 'none' and not backbone.num_stages:
+  if remat != 'none' and not backbone.blocks:
     raise UserError(f"model.remat {remat!r} has no meaning for {form.name!r}; use 'none'")
 
 

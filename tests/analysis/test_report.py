@@ -36,6 +36,12 @@ def test_one_network_is_shown_by_stage():
   assert '3 x [3x3 32, 3x3 32]' in shown
 
 
+@pytest.mark.parametrize('pattern', ['densenet121', '*net1[12][01]'])
+def test_pictures_that_are_too_small(pattern):
+  with pytest.raises(UserError, match=r"image_size 16 leaves nothing .* 'densenet121'; use 32"):
+    report.zoo(pattern, size=16)
+
+
 def test_unknown_networks():
   with pytest.raises(UserError, match='no model matches'):
     report.zoo('vit*')
@@ -50,9 +56,28 @@ def test_paper_marks_where_we_disagree():
   assert lines['afi_resnet110'][2:6] == ['1,334,820', '1.35M', '-1.12%', '6.23']
   assert lines['afi_resnet50_b'][-2:] == ['[4]', '[1]']
   assert lines['afi_mobilenetv2_cifar_eca'][3] == '-'
+  for row in rows:
+    differs = False in (row['parameters_agree'], row['gflops_agree'])
+    assert ('[' in ''.join(lines[row['network']])) == differs, row['network']
   assert len(rows) == 26
   for number in (4, 5, 2):
     assert f'Table {number}:' in shown
+
+
+def test_memory_has_a_reason_where_the_ratio_differs():
+  row = {'network': 'n', 'task': 'testing', 'mib': 9, 'mib_paper': 9, 'ratio_paper': 0.698}
+  assert report._memory_beside(row | {'ratio': 0.698}, 5)['why'] == ''
+  assert report._memory_beside(row | {'ratio': 0.699}, 5)['why'] == '[5]'
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_writing(tmp_path):
+  tables.check_writable(tmp_path / 'new')
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'old').write_text('kept')
+  tables.check_writable(tmp_path / 'old')
+  assert (tmp_path / 'old').read_text() == 'kept'
+  with pytest.raises(UserError, match=r'cannot write .*/old/file: Not a directory'):
+    tables.check_writable(tmp_path / 'old' / 'file')
 
 
 def test_rows_as_files(tmp_path):

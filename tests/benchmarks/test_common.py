@@ -21,11 +21,6 @@ def test_times_are_medians_of_rounds_after_one_call_that_does_not_count(monkeypa
   assert ''.join(order) == 'abababab'
 
 
-def test_table():
-  lines = common.table(('name', 'MiB'), [('a', '1,000'), ('longer', '2')]).splitlines()
-  assert lines == ['name      MiB', '-------------', 'a       1,000', 'longer      2']
-
-
 def test_imagenet_plan():
   plan = common.imagenet_plan('afi_resnet50', 'block', 4, 64, 'bfloat16')
   assert (plan.model.name, plan.model.remat, plan.model.dtype) == (

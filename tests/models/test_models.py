@@ -138,6 +138,9 @@ def test_chosen_stages():
     ('afi_resnet32', (4,), r'some of \(1, 2, 3\)'),
     ('afi_resnet32', (), r'some of \(1, 2, 3\)'),
     ('afi_resnet32', (1, 1), 'each once'),
+    ('afi_mobilenetv2', (8,), r'some of \(2, 3, 4, 5, 6\), each once'),
+    ('afi_mobilenetv2', (7,), r'stage 7 of .* one block, .* use some of \(2, 3, 4, 5, 6\)'),
+    ('afi_mobilenetv2_cifar_b', (2, 1), r'stage 1 of .* one block, .* use some of \(2, 3'),
   ],
 )
 def test_refuses(name, stages, says):
