@@ -24,10 +24,10 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from afi_flax import commands
+from afi_flax import commands, steps
 from afi_flax.analysis import memory, tables
 from afi_flax.errors import UserError
-from afi_flax.models.fusion import Features, Fusion, run_stage
+from afi_flax.models.fusion import REMATS, Features, Fusion, run_stage
 from afi_flax.models.layers import ConvBN
 from afi_flax.models.resnet import BasicBlock
 from benchmarks import common, plots
@@ -35,6 +35,7 @@ from benchmarks import common, plots
 Array = jax.Array
 
 _BLOCKS = flags.DEFINE_list('blocks', '4,8,16,32,64', 'Lengths of the stage.')
+_REMAT = flags.DEFINE_enum('remat', 'none', REMATS, 'What is computed again for the gradient.')
 _SIZE = 16  # pixels
 _BATCH = 16
 _ROUNDS = 5
@@ -67,11 +68,13 @@ class Stage(nn.Module):
   Attributes:
     kind: one of KINDS.
     num_blocks: its length.
+    remat: what is computed again for the gradient, see `fusion.run_stage`.
     width: w.
   """
 
   kind: str
   num_blocks: int
+  remat: str = 'none'
   width: int = _WIDTH
 
   @nn.compact
@@ -85,27 +88,30 @@ class Stage(nn.Module):
       return BasicBlock(self.width, fusion=fusion, name=name)
 
     fusion = None if self.kind == 'plain' else Fusion('half')
-    return run_stage(make_block, self.num_blocks, x, self.width, fusion, train=True)
+    return run_stage(make_block, self.num_blocks, x, self.width, fusion, True, self.remat)
 
 
-def make_gradient(kind: str, num_blocks: int, x: Array) -> tuple[Callable, dict]:
+def make_gradient(kind: str, num_blocks: int, remat: str, x: Array) -> tuple[Callable, dict]:
   """The gradient of a made-up loss by the stage's parameters, jitted, and their shapes."""
-  stage = Stage(kind, num_blocks)
+  stage = Stage(kind, num_blocks, remat)
 
   def loss(params, x):
     y, _ = stage.apply({'params': params}, x, mutable='batch_stats')
     return (y**2).mean()
 
   variables = jax.eval_shape(stage.init, jax.random.key(0), x)
-  return jax.jit(jax.grad(loss)), variables['params']
+  gradient = jax.jit(jax.grad(loss), compiler_options=steps.compiler_options(remat))
+  return gradient, variables['params']
 
 
-def measure(lengths: list[int], x: Array, rounds: int) -> dict[tuple[str, int], dict[str, float]]:
+def measure(
+  lengths: list[int], remat: str, x: Array, rounds: int
+) -> dict[tuple[str, int], dict[str, float]]:
   """{(kind, blocks): {measure: value}} of every kind and length."""
   figures, calls = {}, {}
   for num_blocks in lengths:
     for kind in KINDS:
-      gradient, shapes = make_gradient(kind, num_blocks, x)
+      gradient, shapes = make_gradient(kind, num_blocks, remat, x)
       start = time.perf_counter()
       compiled = gradient.lower(shapes, x).compile()
       seconds = time.perf_counter() - start
@@ -184,10 +190,11 @@ def main(_) -> None:
   if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1:
     raise UserError(f'--blocks {",".join(_BLOCKS.value)} must be two or more numbers that rise')
   x = jax.random.normal(jax.random.key(0), [_BATCH, _SIZE, _SIZE, _WIDTH])
-  figures = measure(lengths, x, _ROUNDS)
+  figures = measure(lengths, _REMAT.value, x, _ROUNDS)
   print(
     f'\nThe gradient of a stage of width {_WIDTH}, batch {_BATCH} of {_SIZE} pixels, '
-    f'on {jax.devices()[0].device_kind}; medians of {_ROUNDS}\n\n{show(lengths, figures)}'
+    f'remat {_REMAT.value}, on {jax.devices()[0].device_kind}; medians of {_ROUNDS}\n\n'
+    f'{show(lengths, figures)}'
   )
   if plots.PLOT.value:
     draw(plots.PLOT.value, lengths, figures)
@@ -195,6 +202,7 @@ def main(_) -> None:
     common.write_json(
       common.JSON.value,
       width=_WIDTH,
+      remat=_REMAT.value,
       batch_size=_BATCH,
       image_size=_SIZE,
       rounds=_ROUNDS,

@@ -11,7 +11,7 @@ from benchmarks import stage_growth
 @pytest.mark.parametrize('kind', stage_growth.KINDS)
 def test_every_block_sees_the_channels_that_it_should(kind):
   w = stage_growth._WIDTH
-  _, shapes = stage_growth.make_gradient(kind, 4, jnp.zeros([2, 8, 8, w]))
+  _, shapes = stage_growth.make_gradient(kind, 4, 'none', jnp.zeros([2, 8, 8, w]))
   seen = [shapes[f'block{k}']['conv2']['conv']['kernel'].shape[2] for k in (1, 2, 3, 4)]
   own = [shapes[f'block{k}']['conv1']['conv']['kernel'].shape[3] for k in (1, 2, 3, 4)]
   assert own == ([w] * 4 if kind == 'plain' else [w, w // 2, w // 2, w // 2])
