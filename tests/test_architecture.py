@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
 LOW = {'errors', 'random_draws'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
-TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop', 'commands'}
+TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'processes'}
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
@@ -28,6 +28,7 @@ ALLOWED = {
   'steps': PARTS | {'state'},
   'checkpoint': {'errors'},
   'commands': {'errors'},
+  'processes': {'errors'},
   'workdir': {'errors', 'config'},
   'curves': {'errors'},
   'event_file': {'errors'},

@@ -1,0 +1,512 @@
+"""The processes of one run: how they find each other, begin together and end together.
+
+Which process this is, of how many, comes from flags or from what Cloud TPU, GKE, a JobSet or SLURM
+say of it. Before JAX starts, all of them answer a roll call at the first one's HOST:PORT; a process
+that does not come up, or that was given another command, ends the others in one line. The
+connections then stay open, beside JAX's own: a process that fails says why, and all end at once,
+where a collective operation would wait for it.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from afi_flax.errors import StoppedError, UserError
+
+PORT = 8482  # where process 0 calls the roll, unless the flags or SLURM's job say another
+_MISTAKE, _FAILURE = 2, 1  # exit status
+_PARTING = 5.0  # seconds that a process which ends gives the others to hear why
+_GRACE = 2.0  # seconds in which the reason for another process's end comes in
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where this process stands among those of its run.
+
+  Attributes:
+    index: from 0.
+    count: of all processes.
+    host: name or address of process 0.
+    port: where process 0 calls the roll.
+    names: hosts of all processes in their order, where they are known; else ().
+    told_by: who said so.
+    local_devices: accelerators of the host that are this process's; None: all.
+  """
+
+  index: int
+  count: int
+  host: str
+  port: int = PORT
+  names: tuple[str, ...] = ()
+  told_by: str = 'flags'
+  local_devices: tuple[int, ...] | None = None
+
+  def name(self, index: int) -> str:
+    """'process 3 (host-3)', or without the host where it is not known."""
+    return f'process {index}' + (f' ({self.names[index]})' if self.names else '')
+
+
+def find(
+  coordinator: str | None = None,
+  count: int = 1,
+  index: int = 0,
+  environ: Mapping[str, str] = os.environ,
+) -> Place | None:
+  """This process's place, by flags where they are given, else by its surroundings.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    count: how many processes there are.
+    index: which one this is.
+    environ: the environment's variables.
+
+  Returns:
+    None where the process is alone.
+
+  Raises:
+    UserError: the flags do not go together, or the surroundings contradict themselves.
+  """
+  if (count > 1) != bool(coordinator):
+    raise UserError('several processes need both --processes and --coordinator HOST:PORT')
+  if coordinator:
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+      raise UserError(f'--coordinator {coordinator!r} must be HOST:PORT')
+    if not 0 <= index < count:
+      raise UserError(f'--process {index} must be from 0 to {count - 1}, as --processes is {count}')
+    return Place(index, count, host.strip('[]'), int(port))
+  for ask in (_gke_tpu, _jobset, _slurm, _cloud_tpu_vm):
+    try:
+      place = ask(environ)
+    except (KeyError, ValueError, IndexError) as error:
+      raise UserError(
+        f'the environment does not say which process this is ({ask.__name__[1:]}: {error!r}); '
+        'give --coordinator, --processes and --process'
+      ) from error
+    if place:
+      return place if place.count > 1 else None
+  return None
+
+
+def _gke_tpu(environ: Mapping[str, str]) -> Place | None:
+  """What GKE tells the pods of a TPU slice, or of several slices."""
+  if 'TPU_WORKER_HOSTNAMES' not in environ or 'TPU_WORKER_ID' not in environ:
+    return None
+  names = tuple(environ['TPU_WORKER_HOSTNAMES'].split(','))
+  slices = int(environ.get('MEGASCALE_NUM_SLICES', 1))
+  index = int(environ['TPU_WORKER_ID']) + int(environ.get('MEGASCALE_SLICE_ID', 0)) * len(names)
+  first = environ['MEGASCALE_COORDINATOR_ADDRESS'].split(':')[0] if slices > 1 else names[0]
+  known = names if slices == 1 else ()  # those of the other slices are not
+  return Place(index, len(names) * slices, first, names=known, told_by='GKE')
+
+
+def _jobset(environ: Mapping[str, str]) -> Place | None:
+  """What the manifest of launch/gke.sh passes on of a JobSet of one replicated job."""
+  if 'JOBSET_NAME' not in environ:
+    return None
+  jobset, job = environ['JOBSET_NAME'], environ['JOBSET_JOB']
+  count, index = int(environ['JOBSET_HOSTS']), int(environ['JOB_COMPLETION_INDEX'])
+  names = tuple(f'{jobset}-{job}-0-{i}.{jobset}' for i in range(count))
+  return Place(index, count, names[0], names=names, told_by='JobSet')
+
+
+def _slurm(environ: Mapping[str, str]) -> Place | None:
+  """What srun tells each task of a step."""
+  if 'SLURM_STEP_NODELIST' not in environ or 'SLURM_PROCID' not in environ:
+    return None
+  nodes = expand_nodes(environ['SLURM_STEP_NODELIST'])
+  tasks = _tasks_per_node(environ.get('SLURM_STEP_TASKS_PER_NODE', ''), len(nodes))
+  names = tuple(
+    itertools.chain.from_iterable([node] * n for node, n in zip(nodes, tasks, strict=True))
+  )
+  local = None
+  if max(tasks) > 1 and ',' in environ.get('CUDA_VISIBLE_DEVICES', ''):
+    local = (int(environ['SLURM_LOCALID']),)  # else SLURM gave each task devices of its own
+  job = int(environ['SLURM_JOB_ID']) + int(environ.get('SLURM_STEP_ID', 0))
+  return Place(
+    index=int(environ['SLURM_PROCID']),
+    count=int(environ.get('SLURM_STEP_NUM_TASKS', len(names))),
+    host=nodes[0],
+    port=61440 + job % 4096,  # jobs that share a node take different ones
+    names=names,
+    told_by='SLURM',
+    local_devices=local,
+  )
+
+
+def expand_nodes(text: str) -> list[str]:
+  """SLURM's list of nodes: 'gpu[08-10,12],login' -> gpu08, gpu09, gpu10, gpu12, login."""
+  nodes = []
+  for item in re.findall(r'(?:[^,\[]|\[[^\]]*\])+', text):
+    parts = re.split(r'\[([^\]]*)\]', item)  # fixed, range, fixed, range, ..., fixed
+    choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
+    nodes += [''.join(choice) for choice in itertools.product(*choices)]
+  return nodes
+
+
+def _numbers(ranges: str) -> list[str]:
+  """'08-10,12' -> 08, 09, 10, 12."""
+  numbers = []
+  for part in ranges.split(','):
+    first, _, last = part.partition('-')
+    steps = range(int(first), int(last or first) + 1)
+    numbers += [str(n).zfill(len(first)) for n in steps]
+  return numbers
+
+
+def _tasks_per_node(text: str, nodes: int) -> list[int]:
+  """SLURM's '2(x3),1' -> 2, 2, 2, 1; one each where it does not say."""
+  tasks = []
+  for number, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', text):
+    tasks += [int(number)] * int(times or 1)
+  return tasks or [1] * nodes
+
+
+def _cloud_tpu_vm(environ: Mapping[str, str]) -> Place | None:
+  """What Google's metadata server tells a host with TPU chips."""
+  chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
+  has_tpu = chips and importlib.util.find_spec('libtpu') and 'TPU_SKIP_MDS_QUERY' not in environ
+  if not has_tpu and 'GCE_METADATA_IP' not in environ:
+    return None
+  server = environ.get('GCE_METADATA_IP', 'metadata.google.internal')
+  index = _metadata(server, 'agent-worker-number')
+  endpoints = _metadata(server, 'worker-network-endpoints')
+  if index is None or endpoints is None:
+    return None
+  # Each is an address, or as it used to be, name:id:address.
+  names = tuple(endpoint.split(':')[-1] for endpoint in endpoints.split(','))
+  return Place(int(index), len(names), names[0], names=names, told_by='Cloud TPU')
+
+
+def _metadata(server: str, key: str) -> str | None:
+  """An attribute of this virtual machine; None where there is no such server or attribute."""
+  request = urllib.request.Request(
+    f'http://{server}/computeMetadata/v1/instance/attributes/{key}',
+    headers={'Metadata-Flavor': 'Google'},
+  )
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  try:
+    with direct.open(request, timeout=5) as answer:
+      return answer.read().decode().strip()
+  except OSError:  # URLError is one
+    return None
+
+
+@contextlib.contextmanager
+def together(
+  place: Place | None, agreed: Mapping[str, str], timeout: float = 300.0
+) -> Iterator[None]:
+  """Starts JAX on all processes of a run; while entered, if one fails all end.
+
+  Process 0 prints a table of all of them. A process that fails for itself ends as it would alone;
+  the others print `error: process 1 (host): why` and end with the same status. On a process that is
+  alone it does nothing.
+
+  Args:
+    place: this process's, as `find` returns it.
+    agreed: what must be the same on all, key -> value.
+    timeout: seconds in which all must have come up.
+
+  Raises:
+    UserError: a process did not come up, two are the same, or what must be agreed differs.
+  """
+  if place is None:
+    yield
+    return
+  group = _Group(place)
+  with group.failing_together():
+    if place.index == 0:
+      port, rows = group.call_roll(dict(agreed), timeout)
+    else:
+      port, rows = group.answer_roll(dict(agreed), timeout)
+    if place.index == 0:
+      print(_table(place, rows), file=sys.stderr, flush=True)
+    jax.distributed.initialize(
+      f'{_bracketed(place.host)}:{port}',
+      place.count,
+      place.index,
+      local_device_ids=place.local_devices,
+      cluster_detection_method='deactivate',
+      initialization_timeout=max(int(timeout), 1),
+    )
+    yield
+
+
+def _bracketed(host: str) -> str:
+  return f'[{host}]' if ':' in host else host
+
+
+def _table(place: Place, rows: list[dict]) -> str:
+  """The processes with their hosts and where they are."""
+  lines = [('process', 'host', 'address')]
+  lines += [(str(i), row['host'], row['address']) for i, row in enumerate(rows)]
+  widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
+  table = (f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c}' for a, b, c in lines)
+  return '\n'.join((f'{place.count} processes, as said by {place.told_by}:', *table))
+
+
+class _Peer:
+  """A connection to another process: JSON, one object a line."""
+
+  def __init__(self, connection: socket.socket, name: str):
+    self.name = name
+    self.done = False  # it has nothing more to do, and may go
+    self.thread: threading.Thread | None = None
+    # A host that vanishes says nothing; what it leaves is found out in a minute and a half.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (('TCP_KEEPIDLE', 30), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 6)):
+      if hasattr(socket, option):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    self._socket = connection
+    self._lines = connection.makefile('rb')
+
+  def send(self, **message) -> None:
+    """Says something; one that is gone does not hear it."""
+    with contextlib.suppress(OSError):
+      self._socket.sendall(json.dumps(message).encode() + b'\n')
+
+  def hear(self, timeout: float | None) -> dict:
+    """The next message; {} where the other is gone, silent or speaks otherwise."""
+    try:
+      self._socket.settimeout(timeout)
+      message = json.loads(self._lines.readline(1_000_000))
+      return message if isinstance(message, dict) else {}
+    except (OSError, ValueError):
+      return {}
+
+  @property
+  def address(self) -> str:
+    host, port = self._socket.getpeername()[:2]
+    return f'{_bracketed(host.removeprefix("::ffff:"))}:{port}'
+
+  def close(self) -> None:
+    self._lines.close()
+    self._socket.close()
+
+
+class _Group:
+  """The processes, joined as a star: the first one hears all others and tells them."""
+
+  def __init__(self, place: Place):
+    self.place = place
+    self._peers: list[_Peer] = []
+    self._ending = threading.Lock()  # taken for good by the first who finds that this ends
+
+  def call_roll(self, agreed: dict[str, str], timeout: float) -> tuple[int, list[dict]]:
+    """For process 0: waits for all others; JAX's port, and host and address of each process."""
+    place, deadline = self.place, time.monotonic() + timeout
+    rows = {0: {'host': socket.gethostname(), 'address': f'{place.host}:{place.port}'}}
+    objections = []
+    with self._listen() as server:
+      while len(self._peers) < place.count - 1:  # all, so that all hear of an objection
+        left = deadline - time.monotonic()
+        if left <= 0:
+          raise UserError(
+            (*objections, self._absent(set(range(place.count)) - set(rows), timeout))[0]
+          )
+        server.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+          if objection := self._admit(server.accept()[0], agreed, rows):
+            objections.append(objection)
+    if objections:
+      raise UserError(objections[0])
+    with socket.create_server(('', 0)) as free:
+      port = free.getsockname()[1]
+    ordered = [rows[i] for i in range(place.count)]
+    for peer in self._peers:
+      peer.send(port=port, rows=ordered)
+      self._watch(peer)
+    return port, ordered
+
+  def _listen(self) -> socket.socket:
+    port = self.place.port
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+      return socket.create_server(('', port), family=family, backlog=1024, dualstack_ipv6=both)
+    except OSError as error:
+      raise UserError(
+        f'process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror}; '
+        'end what uses it, or give --coordinator another port'
+      ) from error
+
+  def _admit(self, connection: socket.socket, agreed: dict[str, str], rows: dict) -> str:
+    """Hears who it is and enters it; why it cannot be, or ''."""
+    peer = _Peer(connection, 'a stranger')
+    hello = peer.hear(_PARTING)
+    if not {'index', 'count', 'host', 'agreed'} <= set(hello):
+      peer.close()  # not one of ours: a port scan, say
+      return ''
+    self._peers.append(peer)
+    index, host = hello['index'], hello['host']
+    peer.name = f'process {index} ({host})'
+    if hello['count'] != self.place.count:
+      return (
+        f'{peer.name} was told that there are {hello["count"]} processes, process 0 that there are '
+        f'{self.place.count}; give all the same --processes'
+      )
+    if index in rows:
+      there = rows[index]
+      return (
+        f'both {there["host"]} ({there["address"]}) and {host} ({peer.address}) say that they are '
+        f'process {index}; give each its own --process'
+      )
+    rows[index] = {'host': host, 'address': peer.address}
+    differs = _difference(agreed, hello['agreed'])
+    return differs and f'{peer.name} and process 0 differ in {differs}; give all the same command'
+
+  def _absent(self, missing: set[int], timeout: float) -> str:
+    names = [self.place.name(i) for i in sorted(missing)]
+    listed = ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
+    return (
+      f'{listed} of {self.place.count} did not come up within {timeout:g} s; '
+      'see why in the output there, or give more --start_timeout'
+    )
+
+  def answer_roll(self, agreed: dict[str, str], timeout: float) -> tuple[int, list[dict]]:
+    """For the others: calls in at process 0, and waits until it says that all have."""
+    place = self.place
+    peer = _Peer(self._reach_first(time.monotonic() + timeout, timeout), place.name(0))
+    self._peers.append(peer)
+    peer.send(index=place.index, count=place.count, host=socket.gethostname(), agreed=agreed)
+    # Process 0 may have come up as late as this one may, and then waits as long as that.
+    answer = peer.hear(timeout + _PARTING)
+    if 'port' not in answer:
+      self._peers.clear()  # the others know already
+      peer.close()
+      raise UserError(answer.get('failed', f'{peer.name} ended while the processes were starting'))
+    self._watch(peer)
+    return answer['port'], answer['rows']
+
+  def _reach_first(self, deadline: float, timeout: float) -> socket.socket:
+    place = self.place
+    while True:
+      try:
+        connection = socket.create_connection((place.host, place.port), timeout=10)
+        # Where process 0 would be on this very host, a connection can be one to itself.
+        if connection.getsockname() != connection.getpeername():
+          return connection
+        connection.close()
+        why = 'nobody listens there'
+      except OSError as error:
+        why = error.strerror or str(error)
+      if time.monotonic() > deadline:
+        raise UserError(
+          f'{place.name(0)} at {_bracketed(place.host)}:{place.port} did not come up within '
+          f'{timeout:g} s: {why}; see why in the output there, or give more --start_timeout'
+        )
+      time.sleep(0.2)
+
+  def _watch(self, peer: _Peer) -> None:
+    peer.thread = threading.Thread(target=self._hear_out, args=(peer,), daemon=True)
+    peer.thread.start()
+
+  def _hear_out(self, peer: _Peer) -> None:
+    """Listens until the other process is done, gone or has failed."""
+    while message := peer.hear(None):
+      if 'done' in message:
+        peer.done = True
+      elif 'failed' in message:
+        self._end_for(message['failed'], message['status'], source=peer)
+    if not peer.done:
+      why = f'{peer.name} ended without saying why; see its output'
+      self._end_for(why, _FAILURE, source=peer)
+
+  def _end_for(self, why: str, status: int, source: _Peer) -> None:
+    """Ends this process, for what happened in another one."""
+    if not self._ending.acquire(blocking=False):
+      return  # it is ending by itself
+    self._tell(why, status)
+    start = '\n' if sys.stderr.isatty() else ''  # there a progress bar stands in the line
+    os.write(2, f'{start}error: {why}\n'.encode())
+    self._await_leaving(but=source)
+    _leave(status)
+
+  @contextlib.contextmanager
+  def failing_together(self) -> Iterator[None]:
+    """Tells the others how the work inside it ended."""
+    try:
+      yield
+    except StoppedError:  # which they agreed on
+      self._say_done()
+      raise
+    except UserError as error:
+      self._fail(str(error), _MISTAKE)
+      raise
+    except KeyboardInterrupt:
+      self._fail('interrupted', 130)
+      raise
+    except BaseException as error:
+      # The end of another process shows as an error here, too. What it says comes first.
+      time.sleep(_GRACE)
+      why = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+      self._fail(f'{why}; see its output', _FAILURE)
+      raise
+    else:
+      self._say_done()
+
+  def _say_done(self) -> None:
+    for peer in self._peers:
+      peer.send(done=True)
+
+  def _fail(self, why: str, status: int) -> None:
+    """Tells the others why this one ends, and sees to it that it does."""
+    atexit.register(_leave, status)  # before JAX's, which would wait for the others
+    if self._ending.acquire(blocking=False):
+      text = f'{self._own_name()}: {why}' if self._started() else why
+      self._tell(text, status)
+      self._await_leaving()
+      for peer in self._peers:
+        if not peer.thread:  # which else closes it
+          peer.close()
+    elif self._started():
+      time.sleep(_PARTING)  # the thread that has heard of another's failure ends the process
+
+  def _started(self) -> bool:
+    return any(peer.thread for peer in self._peers)
+
+  def _own_name(self) -> str:
+    return f'process {self.place.index} ({socket.gethostname()})'
+
+  def _tell(self, why: str, status: int) -> None:
+    for peer in self._peers:
+      peer.send(failed=why, status=status)
+
+  def _await_leaving(self, but: _Peer | None = None) -> None:
+    """The first one leaves last, as JAX ends the others roughly when it is gone."""
+    deadline = time.monotonic() + _PARTING
+    for peer in self._peers:
+      if peer is not but and peer.thread:
+        peer.thread.join(max(deadline - time.monotonic(), 0))
+
+
+def _leave(status: int) -> None:
+  """Ends the process without the hooks that wait for the others."""
+  for child in multiprocessing.active_children():
+    child.terminate()
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(status)
+
+
+def _difference(own: dict[str, str], other: dict[str, str]) -> str:
+  """The first keys whose values differ: 'key (own -> other)', or ''."""
+  keys = [k for k in sorted(own | other) if own.get(k) != other.get(k)]
+  shown = ', '.join(f'{k} ({other.get(k, "absent")} and {own.get(k, "absent")})' for k in keys[:3])
+  return shown + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')

