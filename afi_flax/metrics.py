@@ -39,10 +39,17 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
   rank = label_rank(logits, labels)
   return {
     'loss': jnp.where(mask, losses, 0).sum(),
-    'top1': (mask & (rank < 1)).sum(dtype='int32'),
-    'top5': (mask & (rank < min(5, logits.shape[-1]))).sum(dtype='int32'),
-    'examples': mask.sum(dtype='int32'),
+    'top1': _count(mask & (rank < 1)),
+    'top5': _count(mask & (rank < min(5, logits.shape[-1]))),
+    'examples': _count(mask),
   }
+
+
+def _count(flags: jax.Array) -> jax.Array:
+  """How many are set, i32. Summed in float32, exact to 2^24, as the gradients are: between devices
+  they then travel together.
+  """
+  return flags.sum(dtype='float32').astype('int32')
 
 
 def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:

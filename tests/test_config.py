@@ -59,9 +59,10 @@ def load(name, arg=''):
 
 
 def variants(name):
+  recipes = ('a3', 'a3,smoke') if name.startswith('imagenet') else ()
   if not load(name).model.name.startswith('afi_'):
-    return ('', 'smoke', 'se')
-  return ('', 'smoke', 'b', 'stages=2', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
+    return ('', 'smoke', 'se', *recipes)
+  return (*recipes, '', 'smoke', 'b', 'stages=2', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -136,6 +137,44 @@ def test_learning_rate_and_steps_follow_the_batch_size():
   assert plan.optim.boundaries == tuple(
     round(f / 90 * plan.optim.total_steps) for f in (30, 60, 80)
   )
+
+
+def test_strikes_back_recipe():
+  """A3, on the batch that it was made for."""
+  config = load('imagenet_afi_resnet50', 'a3,b')
+  plan = resolve(config)
+  assert plan.model.name == 'afi_resnet50_b'
+  assert (plan.batch_size, plan.optim.peak_lr, plan.optim.name) == (2048, 0.008, 'lamb')
+  assert plan.optim.total_steps == -(-100 * 1281167 // 2048)
+  assert plan.optim.warmup_steps == round(5 * 1281167 / 2048)
+  assert (plan.data.image_size, plan.data.eval_image_size, plan.data.eval_resize) == (160, 224, 235)
+  assert plan.regularisation == config_lib.Regularisation(
+    loss='bce', target_threshold=0.2, mixup=0.1, cutmix=1.0
+  )
+  assert load('imagenet_resnet50', 'smoke,a3').data.eval_image_size == 68
+  for name in ('cifar100_resnet32', 'image_folder'):
+    with pytest.raises(UserError, match="unknown config variant 'a3'"):
+      load(name, 'a3')
+
+
+def test_a_config_from_before_there_was_regularisation():
+  config = load('cifar100_afi_resnet32')
+  plan = resolve(config)
+  assert plan.regularisation == config_lib.NO_REGULARISATION
+  with config.unlocked():
+    del config.loss, config.ema_decay, config.model.drop_path, config.optimizer.decay_vectors
+    for key in ('eval_image_size', 'auto_augment', 'color_jitter', 'lighting', 'mixup', 'cutmix'):
+      del config.data[key]
+    del config.data.erasing
+  assert resolve(config) == plan
+
+
+@pytest.mark.parametrize('name', ['afi_shufflenetv2_x1_0_cifar', 'densenet121'])
+def test_drop_path_needs_residual_branches(name):
+  config = load('cifar100_resnet32')
+  config.model.name, config.model.drop_path = name, 0.1
+  with pytest.raises(UserError, match=r'model\.drop_path 0\.1 has no meaning'):
+    resolve(config)
 
 
 def test_max_steps_leaves_the_schedule():
@@ -221,12 +260,24 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('model.remat', 'all', "unknown model.remat 'all'"),
     ('data.dataset', 'cifar101', "did you mean 'cifar10"),
     ('data.augment', 'flip', 'unknown data.augment'),
+    ('data.antialias', False, 'data.antialias False has no meaning'),
     ('data.eval_split', 'tset', 'tset'),
     ('data.eval_split', 'train[:1%]', 'overlaps data.train_split .train. in 500 examples'),
     ('data.eval_resize', 16, 'data.eval_resize 16'),
     ('data.image_size', 0, 'data.image_size 0'),
     ('data.std', (0.1, 0.1, 0.0), 'data.std'),
     ('data.mean', (0.1,), 'data.mean'),
+    ('data.eval_image_size', 64, 'data.eval_resize 40 is less than data.eval_image_size 64'),
+    ('data.eval_image_size', -1, 'data.eval_image_size -1'),
+    ('data.auto_augment', 'rand-z1', "data.auto_augment 'rand-z1'"),
+    ('data.mixup', -0.1, 'data.mixup -0.1'),
+    ('data.cutmix', -1.0, 'data.cutmix -1.0'),
+    ('data.erasing', 1.5, 'data.erasing 1.5'),
+    ('loss.name', 'mse', "unknown loss.name 'mse'"),
+    ('loss.label_smoothing', 1.0, 'loss.label_smoothing 1.0'),
+    ('loss.target_threshold', 0.2, 'loss.target_threshold 0.2 has no meaning'),
+    ('model.drop_path', 1.0, 'model.drop_path 1.0'),
+    ('ema_decay', 1.0, 'ema_decay 1.0'),
     ('optimizer.name', 'adam', "unknown optimizer.name 'adam'"),
     ('optimizer.momentum', -1.0, 'optimizer.momentum -1'),
     ('schedule.name', 'linear', "unknown schedule.name 'linear'"),
@@ -241,6 +292,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
 )
 def test_refuses(key, value, says):
   config = load('cifar100_afi_resnet32')
+  config.data.eval_resize = 40 if key == 'data.eval_image_size' else 0
   with config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=says.replace('(', r'\(')) as error:
@@ -282,7 +334,7 @@ def test_refuses_variants(arg, says):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('arg', ['b', 'eca', 'ge', 'cbam', 'stages=1', 'se=1', 'se,se'])
+@pytest.mark.parametrize('arg', ['b', 'se,ge', 'stages=1', 'se=1', 'se,se'])
 def test_plain_networks_refuse(arg):
   with pytest.raises(UserError, match='config variant') as error:
     load('imagenet_resnet50', arg)

@@ -5,7 +5,9 @@ import pytest
 
 from afi_flax import config, metrics, optim, sharding, state, steps
 from afi_flax.data import pipeline, sources
+from afi_flax.models import create_model
 from afi_flax.models.fusion import Fusion
+from afi_flax.models.layers import ConvBN
 from afi_flax.models.resnet import BasicBlock, ResNet
 from configs import cifar100_afi_resnet32 as shipped
 
@@ -108,3 +110,42 @@ def test_global_batch_norm(plan, batches, on_eight):
   got = now.batch_stats['stem']['bn']
   np.testing.assert_allclose(got['mean'], 0.1 * want_mean, rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(got['var'], 0.9 + 0.1 * want_var, rtol=1e-3)
+
+
+def test_batch_norm_of_each_device_is_that_of_shard_map():
+  mesh = sharding.make_mesh()
+  images = jax.random.normal(jax.random.key(0), [16, 4, 4, 3])
+  layer = ConvBN(4)
+  variables = layer.init(jax.random.key(0), images, train=False)
+  by_device, everywhere = jax.sharding.PartitionSpec('data'), jax.sharding.PartitionSpec()
+
+  def forward(variables, images, train):
+    return layer.apply(variables, images, train=train, mutable='batch_stats')[0]
+
+  own = jax.shard_map(
+    lambda v, x: forward(v, x, True),
+    mesh=mesh,
+    in_specs=(everywhere, by_device),
+    out_specs=by_device,
+  )
+  ours = jax.jit(lambda v, x: forward(v, x, 8))
+  split = jax.device_put(images, sharding.split(mesh))
+  want = jax.jit(own)(variables, split)
+  np.testing.assert_allclose(ours(variables, split), want, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(ours(variables, images), want, rtol=1e-4, atol=1e-5)  # one device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('parts', 'all_reduces'), [(8, 1), (1, 39)])
+def test_number_of_sums_over_devices(plan, parts, all_reduces):
+  """Global statistics: one for each of 19 convolutions, forward and backward, and the gradients."""
+  mesh = sharding.make_mesh()
+  optimizer, replicated = optim.make(plan.optim), sharding.replicated(mesh)
+  step = steps.make_train_step(create_model('resnet20', 10), optimizer, plan.data, parts)
+  now = state.abstract(create_model('resnet20', 10), optimizer, 32, replicated)
+  batch = {
+    'image': jax.ShapeDtypeStruct((16, 32, 32, 3), 'uint8', sharding=sharding.split(mesh)),
+    'label': jax.ShapeDtypeStruct((16,), 'int32', sharding=sharding.split(mesh)),
+  }
+  program = jax.jit(step, donate_argnums=0, out_shardings=replicated).lower(now, batch).compile()
+  assert program.as_text().count(' all-reduce(') == all_reduces

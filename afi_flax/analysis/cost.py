@@ -23,7 +23,7 @@ import jax
 from flax import linen as nn
 
 from afi_flax.models.attention import CBAM, ECA, GE, SE
-from afi_flax.models.fusion import AFI, Features, Fusion
+from afi_flax.models.fusion import AFI, Features
 from afi_flax.models.layers import BatchNorm, GlobalAveragePool
 
 PAPER_PICTURES = 32  # that the paper's FLOPs are for
@@ -117,8 +117,7 @@ def stages(layers: Sequence[Layer]) -> list[Stage]:
 class _Counter:
   """Notes every call of a module. What was called before, on equal shapes, is not traced again.
 
-  AFI treats its maps alike, and so does a block with a fusion setting, which passes them to `Fuse`
-  and nothing else (see `run_stage`): one map is traced, and what is inside AFI counts for each.
+  AFI treats its maps alike: one of them is traced, and counts for each.
   """
 
   def __init__(self):
@@ -140,9 +139,7 @@ class _Counter:
       _SEEN[key] = self._trace(call, module, *one_map)
     layers, tree, shapes = _SEEN[key]
     for layer in layers:
-      cost = layer.cost
-      if num_maps > 1 and (isinstance(module, AFI) or 'afi' in layer.path):  # as `Fuse` names it
-        cost = cost.repeated(num_maps)
+      cost = layer.cost.repeated(num_maps) if num_maps > 1 else layer.cost
       self.layers.append(Layer((*module.path, *layer.path), layer.label, layer.size, cost))
     return tree.unflatten([jax.lax.empty(*shape) for shape in shapes])
 
@@ -176,28 +173,15 @@ def _key(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 
 
 def _first_map(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple[tuple, dict], int]:
-  """Arguments with one map only, where the module treats maps alike, and how many there are."""
-  if isinstance(module, AFI):
-    kinds = (Features, list, tuple)
-  elif isinstance(vars(module).get('fusion'), Fusion):
-    kinds = (Features,)
-  else:
+  """Arguments with one map only, where the module is AFI, and how many there are."""
+  if not isinstance(module, AFI):
     return (args, kwargs), 1
-  number = 1
-
-  def first(x):
-    nonlocal number
-    if not isinstance(x, kinds):
-      return x
-    if not isinstance(x, Features):
-      number = len(x)
-      return x[:1]
-    number = len(x.maps)
-    batch, _, channels = x.pooled.shape
-    return Features(x.maps[:1], jax.lax.empty((batch, 1, channels), x.pooled.dtype))
-
-  one_map = tuple(map(first, args)), {name: first(x) for name, x in kwargs.items()}
-  return one_map, number
+  (features,) = (*args, *kwargs.values())
+  if not isinstance(features, Features):
+    return ((features[:1],), {}), len(features)
+  batch, _, channels = features.pooled.shape
+  pooled = jax.lax.empty((batch, 1, channels), features.pooled.dtype)
+  return ((Features(features.maps[:1], pooled),), {}), len(features.maps)
 
 
 def _own(module: nn.Module, args: tuple, result: Any) -> list[Layer]:

@@ -169,6 +169,11 @@ grouped_conv.defvjp(_grouped_forward, _grouped_backward)
 class BatchNorm(nn.Module):
   """Batch norm over all but the last axis, with the constants of this file; float32 inside.
 
+  `train` is False: running statistics; True or 1: those of the whole batch, over all devices; G:
+  the batch is cut into G equal parts, in its order, each normalised by its own statistics, and the
+  running ones follow their mean. With as many parts as devices, or fewer, each part lies on its
+  own devices, and nothing passes between parts but that mean.
+
   Written as x * a + b with a = scale / sqrt(var + epsilon): its gradient then needs x alone, which
   is there as the convolution's result, where (x - mean) * a + bias keeps x - mean besides: a third
   of all that a network keeps for its gradient. Parameters and statistics are named as Flax's are.
@@ -180,25 +185,28 @@ class BatchNorm(nn.Module):
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """[..., C] -> the same shape, of `dtype`; `train`: by the batch's statistics."""
+  def __call__(self, x: Array, train: bool | int) -> Array:
+    """[B,...,C] -> the same shape, of `dtype`."""
     channels = x.shape[-1:]
     running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels)
     running_var = self.variable('batch_stats', 'var', jnp.ones, channels)
     scale = self.param('scale', nn.initializers.ones, channels)
     bias = self.param('bias', nn.initializers.zeros, channels)
-    x = x.astype('float32')
-    mean, var = running_mean.value, running_var.value
-    axes = tuple(range(x.ndim - 1))
+    groups = int(train) or 1
+    parts = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype('float32')
+    axes = tuple(range(1, parts.ndim - 1))
     if train:
-      mean = x.mean(axes)
-      var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0)
+      mean = parts.mean(axes)  # [G,C] of [G,B/G,...,C]
+      var = jnp.maximum((parts * parts).mean(axes) - mean * mean, 0)
       if not self.is_initializing():
-        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
-        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
-    factor = scale * jax.lax.rsqrt(var + EPSILON)
-    factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
-    return (x * factor + offset).astype(self.dtype)
+        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean.mean(0)
+        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var.mean(0)
+    else:
+      mean, var = running_mean.value[None], running_var.value[None]
+    factor = scale[None] * jax.lax.rsqrt(var + EPSILON)
+    offset = bias[None] - mean * factor
+    parts = parts * jnp.expand_dims(factor, axes) + jnp.expand_dims(offset, axes)
+    return parts.reshape(x.shape).astype(self.dtype)
 
 
 def global_average(x: Array) -> Array:

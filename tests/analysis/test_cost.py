@@ -3,11 +3,13 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
 from afi_flax.analysis import cost, paper
 from afi_flax.models import AFI, create_model, image_size, list_models
+from afi_flax.models.fusion import Fusion, run_stage
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'models/golden_counts.json').read_text())
 # How far our FLOPs may be from the paper's. ShuffleNetV2's cannot be had from what it names.
@@ -156,3 +158,23 @@ def test_stages_are_table_3():
   stages = cost.stages(layers)
   assert sum(s.cost.parameters for s in stages) == 378_228
   assert stages[0].cost == cost.Cost(16 * 27 + 32, 27 * 16 * 1024, 29 * 16 * 1024, 16 * 1024)
+
+
+def test_a_block_that_concatenates_all_features_counts_for_all():
+  class Block(nn.Module):
+    fusion: Fusion | None
+
+    @nn.compact
+    def __call__(self, x, features, train):
+      made = nn.Conv(2, (1, 1), use_bias=False)(x)
+      y = jnp.concatenate([made, *features.maps], axis=-1) if self.fusion else made
+      return nn.Conv(4, (1, 1), use_bias=False)(y), made
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      make = lambda k, fusion: Block(fusion, name=f'block{k + 1}')  # noqa: E731
+      return run_stage(make, 4, nn.Conv(4, (1, 1), use_bias=False)(x), 4, Fusion(), train)
+
+  # The stem, then 4 -> 2 in every block, and 2, 4, 6 and 8 -> 4.
+  assert cost.total(cost.count(Net(), 2)).parameters == 12 + 4 * 8 + 4 * (2 + 4 + 6 + 8)

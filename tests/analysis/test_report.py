@@ -12,12 +12,15 @@ def test_zoo_has_a_row_a_network():
   assert [r['network'] for r in rows] == [
     'afi_resnet20',
     'afi_se_resnet20',
+    'cbam_resnet20',
+    'eca_resnet20',
+    'ge_resnet20',
     'resnet20',
     'se_resnet20',
   ]
-  assert rows[2]['parameters'] == 278_324
+  assert rows[5]['parameters'] == 278_324
   assert {r['classes'] for r in rows} == {100}
-  assert shown.splitlines()[3].split() == [
+  assert shown.splitlines()[6].split() == [
     'resnet20',
     '32',
     '100',

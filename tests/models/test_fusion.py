@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+from afi_flax.errors import UserError
 from afi_flax.models import fusion
 from afi_flax.models.attention import GE
 from afi_flax.models.fusion import AFI, Fusion
@@ -186,3 +187,16 @@ def test_works_in_an_nnx_network():
   bridged.reduce['kernel'][...] = variables['params']['reduce']['kernel']
   bridged.expand['kernel'][...] = variables['params']['expand']['kernel']
   np.testing.assert_allclose(bridged(maps), module.apply(variables, maps), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    ({'width': 'Half'}, "Fusion.width 'Half' must be 'half'"),
+    ({'reduction': 0}, 'Fusion.reduction 0 must be 1 or more'),
+    ({'attention': 'se'}, "Fusion.attention 'se' must be a class"),
+  ],
+)
+def test_a_fusion_without_meaning_is_refused(arguments, says):
+  with pytest.raises(UserError, match=says):
+    Fusion(**arguments)

@@ -94,7 +94,7 @@ def test_every_golden_count_is_of_a_model():
   assert set(GOLDEN) == set(list_models())
   for backbone in BACKBONES:
     names = [n for n in list_models() if _forms()[n].backbone == backbone]
-    assert len(names) == (1 if backbone == 'densenet121' else 22)
+    assert len(names) == (1 if backbone == 'densenet121' else 25)
 
 
 def test_an_attention_on_the_result_adds_what_it_should():
@@ -138,6 +138,7 @@ def test_chosen_stages():
     ('afi_resnet32', (4,), r'some of \(1, 2, 3\)'),
     ('afi_resnet32', (), r'some of \(1, 2, 3\)'),
     ('afi_resnet32', (1, 1), 'each once'),
+    ('afi_resnet32', 1, r'1 must be a tuple; use \(1,\)'),
     ('afi_mobilenetv2', (8,), r'some of \(2, 3, 4, 5, 6\), each once'),
     ('afi_mobilenetv2', (7,), r'stage 7 of .* one block, .* use some of \(2, 3, 4, 5, 6\)'),
     ('afi_mobilenetv2_cifar_b', (2, 1), r'stage 1 of .* one block, .* use some of \(2, 3'),
@@ -280,7 +281,9 @@ def test_remat_saves_memory_and_changes_nothing():
 
 
 def test_list_models_filters():
-  assert list_models('*_resnet32') == ['afi_resnet32', 'afi_se_resnet32', 'se_resnet32']
+  assert list_models('*_resnet32') == [
+    f'{form}_resnet32' for form in ('afi', 'afi_se', 'cbam', 'eca', 'ge', 'se')
+  ]
   assert 'resnet50' in list_models()
   assert list_models('nothing*') == []
 
