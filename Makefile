@@ -23,7 +23,7 @@ test-all: $(VENV)/installed-test
 
 parity:
 	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity
-	.venv-parity/bin/python -m pytest -n 2 -m parity tests/models/test_parity.py
+	.venv-parity/bin/python -m pytest -n 2 -m parity tests
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ step's files into the step's folder, and they are verified before a restore. A s
 On disk: FOLDER/STEP/ is Orbax's, but for FOLDER/STEP/sums.P-of-N.json of process P of N.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -88,7 +89,7 @@ class Checkpoints:
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
       # `force`, because Orbax otherwise skips in silence what it thinks needs no saving.
-      arrays = jax.tree.map(_as_array, state)
+      arrays = jax.tree.map(_as_array, _set_fields(state))
       self._manager.save(step, args=_composite(ocp.args.StandardSave(arrays)), force=True)
     except Exception as error:
       raise self._save_error(step, error) from error
@@ -281,8 +282,10 @@ class Checkpoints:
         'give the config that it was trained with, or another --workdir'
       )
     try:
-      args = _composite(ocp.args.StandardRestore(abstract_state))
+      args = _composite(ocp.args.StandardRestore(_set_fields(abstract_state)))
       state = self._manager.restore(step, args=args)[_ITEM]
+      if dataclasses.is_dataclass(abstract_state):
+        state = dataclasses.replace(abstract_state, **state)
     except Exception as error:
       why = f'Orbax cannot read it: {_first_line(error)}'
     return state, _agree(why)
@@ -329,6 +332,14 @@ def quiet_orbax() -> None:
 def _composite(args: ocp.args.CheckpointArgs) -> ocp.args.Composite:
   """Named: what an unnamed item is, Orbax would guess from the first step that it reads."""
   return ocp.args.Composite(**{_ITEM: args})
+
+
+def _set_fields(state: PyTree) -> PyTree:
+  """A dataclass as a dict, without what is None: older checkpoints lack a field that is new."""
+  if not dataclasses.is_dataclass(state):
+    return state
+  values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: value for name, value in values.items() if value is not None}
 
 
 def _as_array(leaf: Any) -> jax.Array | np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from afi_flax.data import augment, sources
+from afi_flax.data import augment, distort, sources
 from afi_flax.errors import UserError, unknown
-from afi_flax.models import create_model
+from afi_flax.models import create_model, residual_blocks
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
 MAY_DIFFER = ('run', 'data.data_dir')
@@ -47,12 +47,35 @@ class Data:
   data_dir: str
   train_split: str
   eval_split: str
-  image_size: int  # pixels, of training and evaluation
+  image_size: int  # pixels, of training
   eval_resize: int  # pixels of the short side before the centre crop
   augment: str
   mean: tuple[float, float, float]  # of channels in 0..1
   std: tuple[float, float, float]
   max_unreadable: int
+  eval_image_size: int  # pixels, of evaluation
+  auto_augment: str = ''  # as timm writes it; '': none
+  color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+  lighting: float = 0.0
+  antialias: bool = True  # of random_resized_crop_flip
+
+
+@dataclasses.dataclass(frozen=True)
+class Regularisation:
+  """What a step does to the pictures, the targets and the network; by itself nothing."""
+
+  loss: str = 'cross_entropy'  # or 'bce'
+  label_smoothing: float = 0.0
+  target_threshold: float = 0.0  # of bce; 0: off
+  mixup: float = 0.0  # alpha; 0: off
+  cutmix: float = 0.0
+  erasing: float = 0.0  # probability
+  drop_path: float = 0.0  # probability for the last block
+  num_blocks: int = 0  # that drop_path counts
+  ema_decay: float = 0.0  # 0: off
+
+
+NO_REGULARISATION = Regularisation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +92,8 @@ class Optim:
   nesterov: bool
   weight_decay: float
   clip_norm: float  # 0: off
+  name: str = 'sgd'  # or 'lars', 'adamw', 'lamb'
+  decay_vectors: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +127,11 @@ class Plan:
   dataset: Dataset
   batch_size: int  # global
   eval_batch_size: int  # global, before it is padded to a multiple of the devices
+  batch_norm_parts: int  # into which a batch is cut; each is normalised by itself
   steps_per_epoch: float
   optim: Optim
   run: Run
+  regularisation: Regularisation
 
 
 def resolve(
@@ -146,9 +173,11 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     dataset=dataset,
     batch_size=batch,
     eval_batch_size=config.eval_batch_size,
+    batch_norm_parts=_batch_norm_parts(config.get('batch_norm'), device_count),
     steps_per_epoch=steps_per_epoch,
     optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
     run=_run(config.run, steps_per_epoch, total_steps),
+    regularisation=_regularisation(config),
   )
 
 
@@ -178,6 +207,20 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
     )
 
 
+def _batch_norm_parts(batch_norm: ml_collections.ConfigDict | None, device_count: int) -> int:
+  scope = batch_norm.scope if batch_norm else 'global'  # runs made before there was a choice
+  if scope == 'global':
+    return 1
+  group = 1 if scope == 'device' else int(scope) if scope.isdigit() else 0
+  group = min(group, device_count)
+  if not group or device_count % group:
+    raise UserError(
+      f"batch_norm.scope {scope!r} must be 'global', 'device' or a number of devices that divides "
+      f'the {device_count} there are'
+    )
+  return device_count // group
+
+
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
   stages = tuple(model.stages) or None
   # Runs that were made before these keys have neither.
@@ -189,9 +232,13 @@ def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
 
 def _data(data: ml_collections.ConfigDict) -> Data:
   _at_least('data.image_size', data.image_size, 1)
-  if data.eval_resize and data.eval_resize < data.image_size:
+  # Runs that were made before these keys have none of them.
+  _at_least('data.eval_image_size', data.get('eval_image_size', 0), 0)
+  eval_size = data.get('eval_image_size', 0) or data.image_size
+  if data.eval_resize and data.eval_resize < eval_size:
+    key = 'eval_image_size' if data.get('eval_image_size', 0) else 'image_size'
     raise UserError(
-      f'data.eval_resize {data.eval_resize} is less than data.image_size {data.image_size}: '
+      f'data.eval_resize {data.eval_resize} is less than data.{key} {eval_size}: '
       'the centre crop would not fit; use 0 for no margin'
     )
   _one_of('data.augment', data.augment, (*augment.IN_MEMORY, *augment.ENCODED[1:]))
@@ -201,15 +248,67 @@ def _data(data: ml_collections.ConfigDict) -> Data:
       raise UserError(f'data.{key} {tuple(data[key])} must have 3 values, one a channel')
   if min(data.std) <= 0:
     raise UserError(f'data.std {tuple(data.std)} must be more than 0')
-  values = {field.name: data[field.name] for field in dataclasses.fields(Data)}
-  return Data(
-    **values
-    | {
-      'eval_resize': data.eval_resize or data.image_size,
-      'mean': tuple(data.mean),
-      'std': tuple(data.std),
-    }
+  since = {
+    'auto_augment': data.get('auto_augment', ''),
+    'color_jitter': tuple(data.get('color_jitter', (0.0,) * 4)),
+    'lighting': data.get('lighting', 0.0),
+  }
+  distort.make(mean=tuple(data.mean), **since)  # explains what is wrong
+  since['antialias'] = data.get('antialias', True)
+  if not since['antialias'] and data.augment != 'random_resized_crop_flip':
+    raise UserError(
+      f'data.antialias False has no meaning for data.augment {data.augment!r}; '
+      "use True, or augment='random_resized_crop_flip'"
+    )
+  derived = {
+    'eval_resize': data.eval_resize or eval_size,
+    'eval_image_size': eval_size,
+    'mean': tuple(data.mean),
+    'std': tuple(data.std),
+  }
+  names = [field.name for field in dataclasses.fields(Data)]
+  return Data(**{n: data[n] for n in names if n not in since | derived} | since | derived)
+
+
+def _regularisation(config: ml_collections.ConfigDict) -> Regularisation:
+  # Runs that were made before these keys have none of them.
+  loss, data = config.get('loss', ml_collections.ConfigDict()), config.data
+  drop_path = config.model.get('drop_path', 0.0)
+  made = Regularisation(
+    loss=loss.get('name', 'cross_entropy'),
+    label_smoothing=loss.get('label_smoothing', 0.0),
+    target_threshold=loss.get('target_threshold', 0.0),
+    mixup=data.get('mixup', 0.0),
+    cutmix=data.get('cutmix', 0.0),
+    erasing=data.get('erasing', 0.0),
+    drop_path=drop_path,
+    num_blocks=residual_blocks(config.model.name) if drop_path else 0,
+    ema_decay=config.get('ema_decay', 0.0),
   )
+  _one_of('loss.name', made.loss, ('cross_entropy', 'bce'))
+  for key, value in (
+    ('loss.label_smoothing', made.label_smoothing),
+    ('loss.target_threshold', made.target_threshold),
+    ('model.drop_path', made.drop_path),
+    ('ema_decay', made.ema_decay),
+  ):
+    if not 0 <= value < 1:
+      raise UserError(f'{key} {value} must be at least 0 and less than 1')
+  if not 0 <= made.erasing <= 1:
+    raise UserError(f'data.erasing {made.erasing} must be a probability, 0 to 1')
+  _at_least('data.mixup', made.mixup, 0)
+  _at_least('data.cutmix', made.cutmix, 0)
+  if made.target_threshold and made.loss != 'bce':
+    raise UserError(
+      f'loss.target_threshold {made.target_threshold} has no meaning for {made.loss!r}; '
+      "use 0, or loss.name='bce'"
+    )
+  if drop_path and made.num_blocks < 2:
+    raise UserError(
+      f'model.drop_path {drop_path} has no meaning for {config.model.name!r}: no residual branch '
+      'to drop; use 0'
+    )
+  return made
 
 
 def _optim(
@@ -219,7 +318,11 @@ def _optim(
   steps_per_epoch: float,
   total_steps: int,
 ) -> Optim:
-  _one_of('optimizer.name', optimizer.name, ('sgd',))
+  _one_of('optimizer.name', optimizer.name, ('sgd', 'lars', 'adamw', 'lamb'))
+  if optimizer.nesterov and optimizer.name not in ('sgd', 'lars'):
+    raise UserError(
+      f'optimizer.nesterov has no meaning for {optimizer.name!r}; use False, or sgd or lars'
+    )
   _one_of('schedule.name', schedule.name, ('step', 'cosine'))
   _at_least('schedule.base_batch_size', schedule.base_batch_size, 1)
   for key, value in (('schedule.base_lr', schedule.base_lr), ('schedule.factor', schedule.factor)):
@@ -248,6 +351,8 @@ def _optim(
     nesterov=optimizer.nesterov,
     weight_decay=optimizer.weight_decay,
     clip_norm=optimizer.clip_norm,
+    name=optimizer.name,
+    decay_vectors=optimizer.get('decay_vectors', True),
   )
 
 

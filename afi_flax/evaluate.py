@@ -95,7 +95,7 @@ class Evaluator:
       batch_size=self._batch_size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-      image_size=data.image_size,
+      image_size=data.eval_image_size,
       resize=data.eval_resize,
       workers=self._plan.run.workers,
       max_unreadable=data.max_unreadable,

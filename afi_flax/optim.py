@@ -1,8 +1,16 @@
-"""The optimiser and the learning rate, as the paper's recipes and PyTorch define them."""
+"""The optimisers and the learning rate, as the papers' recipes, PyTorch and timm define them."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from afi_flax import config
+
+PyTree = Any
+
+LARS_TRUST = 1e-3  # You et al., and timm
 
 
 def schedule(optim: config.Optim) -> optax.Schedule:
@@ -24,13 +32,62 @@ def schedule(optim: config.Optim) -> optax.Schedule:
 
 
 def make(optim: config.Optim) -> optax.GradientTransformation:
-  """SGD with momentum and coupled weight decay.
+  """The optimiser, after the gradient's norm was clipped where that is asked for.
 
-  PyTorch's order: g <- g + decay * p, on every parameter; m <- momentum * m + g; p <- p - lr * m.
-  The norm is clipped before the decay is added, as by `torch.nn.utils.clip_grad_norm_`.
+  `sgd`: PyTorch's order: g <- g + decay * p; m <- momentum * m + g; p <- p - lr * m.
+  `lars`: likewise, with g <- trust * (g + decay * p) for each tensor, see `scale_by_lars`.
+  `adamw`: p <- p - lr * (m / (sqrt(v) + 1e-8) + decay * p), m and v corrected for their start.
+  `lamb`: p <- p - lr * trust * u, u = m / (sqrt(v) + 1e-6) + decay * p, trust = |p| / |u|.
+
+  Momentum is Adam's first rate; its second is 0.999. Where `decay_vectors` is off, tensors of one
+  dimension (biases, scales) have neither decay nor a trust ratio, as in timm. The norm is clipped
+  before the decay is added, as by `torch.nn.utils.clip_grad_norm_`.
   """
-  return optax.chain(
-    optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-    optax.add_decayed_weights(optim.weight_decay),
-    optax.sgd(schedule(optim), momentum=optim.momentum, nesterov=optim.nesterov),
-  )
+  mask = None if optim.decay_vectors else _not_vectors
+  decay = optax.add_decayed_weights(optim.weight_decay, mask)
+  rate = optax.scale_by_learning_rate(schedule(optim))
+  momentum = optim.momentum
+  if optim.name == 'sgd':
+    steps = (decay, optax.sgd(schedule(optim), momentum=momentum, nesterov=optim.nesterov))
+  elif optim.name == 'lars':
+    trust = _where(scale_by_lars(optim.weight_decay), mask)
+    steps = (trust, optax.trace(momentum, optim.nesterov), rate)
+  elif optim.name == 'adamw':
+    steps = (optax.scale_by_adam(b1=momentum, eps=1e-8), decay, rate)
+  else:
+    trust = _where(optax.scale_by_trust_ratio(), mask)
+    steps = (optax.scale_by_adam(b1=momentum, eps=1e-6), decay, trust, rate)
+  clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+  return optax.chain(clip, *steps)
+
+
+def scale_by_lars(weight_decay: float) -> optax.GradientTransformation:
+  """g -> trust * (g + decay * p), trust = 1e-3 |p| / (|g| + decay * |p| + 1e-8), for each tensor.
+
+  You et al., "Large Batch Training of Convolutional Networks"; 1 where |p| or |g| is 0.
+  """
+
+  def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
+    of_p, of_g = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+    trust = LARS_TRUST * of_p / (of_g + weight_decay * of_p + 1e-8)
+    return jnp.where((of_p > 0) & (of_g > 0), trust, 1.0) * (g + weight_decay * p)
+
+  return optax.stateless(lambda updates, params: jax.tree.map(scaled, updates, params))
+
+
+def moving_average(average: PyTree, values: PyTree, decay: float, step: int | jax.Array) -> PyTree:
+  """The exponential moving average one update on: d * average + (1 - d) * values.
+
+  d = min(decay, (1 + step) / (10 + step)), step from 0, so that the first weights, which say
+  nothing, are soon forgotten (as TensorFlow's ExponentialMovingAverage given num_updates).
+  """
+  d = jnp.minimum(decay, (1 + step) / (10 + step)).astype('float32')
+  return jax.tree.map(lambda a, v: d * a + (1 - d) * v, average, values)
+
+
+def _not_vectors(params: PyTree) -> PyTree:
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _where(transformation: optax.GradientTransformation, mask) -> optax.GradientTransformation:
+  return optax.masked(transformation, mask) if mask else transformation

@@ -21,6 +21,21 @@ CROP_AREA = 4
 CROP_ASPECT = 5
 FILE_ORDER = 7
 FAKE = 8
+MIXUP = 9
+CUTMIX = 10
+CUTMIX_Y = 11
+CUTMIX_X = 12
+MIX_SWITCH = 13
+DROP_PATH = 14
+ERASE = 15
+ERASE_AREA = 16
+ERASE_ASPECT = 17
+ERASE_Y = 18
+ERASE_X = 19
+ERASED_PIXEL = 20
+RAND_AUGMENT = 21
+COLOR_JITTER = 22
+LIGHTING = 23
 
 Array = Any  # numpy.ndarray or jax.Array
 _GOLDEN = 0x9E3779B9
@@ -29,6 +44,12 @@ _GOLDEN = 0x9E3779B9
 def _mix(x: Array) -> Array:
   x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def _mix_int(x: int) -> int:
+  x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+  x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
   return x ^ (x >> 16)
 
 
@@ -41,6 +62,11 @@ def bits(*counters: int | Array) -> Array:
   Returns:
     uint32, of the broadcast shape: numpy where all counters are numpy, else jax.
   """
+  if all(isinstance(counter, int) for counter in counters):  # a tenth of numpy's time for one draw
+    h = 0
+    for counter in counters:
+      h = _mix_int(h ^ _mix_int((counter + _GOLDEN) & 0xFFFFFFFF))
+    return np.uint32(h)
   h = np.uint32(0)
   with np.errstate(over='ignore'):  # numpy warns when 0-d uint32 wraps, which is what a hash does
     for counter in counters:

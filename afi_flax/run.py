@@ -44,7 +44,7 @@ class Run:
 
   Attributes:
     model: the Linen module.
-    variables: `params` and `batch_stats`, f32.
+    variables: `params` and `batch_stats`, f32; their moving average where the run has one.
     class_names: K names, in the order of the logits.
     preprocessing: u8 pictures -> the network's input.
     step: of the checkpoint.
@@ -91,15 +91,19 @@ def load_run(
   )
   model = models.create_model(**dataclasses.asdict(plan.model))
   abstract = state_lib.abstract(
-    model, optim.make(plan.optim), plan.data.image_size, sharding.replicated(mesh)
+    model,
+    optim.make(plan.optim),
+    plan.data.image_size,
+    sharding.replicated(mesh),
+    ema=plan.regularisation.ema_decay > 0,
   )
   state, step = restore(folder, abstract, str(checkpoint))
   data = plan.data
   return Run(
     model=model,
-    variables=state.variables,
+    variables=state.eval_variables,
     class_names=plan.dataset.class_names,
-    preprocessing=Preprocessing(data.image_size, data.eval_resize, data.mean, data.std),
+    preprocessing=Preprocessing(data.eval_image_size, data.eval_resize, data.mean, data.std),
     step=step,
     plan=plan,
   )

@@ -26,11 +26,17 @@ class TrainState:
   batch_stats: PyTree  # f32, the running means and variances of batch norm
   opt_state: PyTree  # of the optimiser: momentum, count
   metric_sums: metrics.Sums  # since the last line of the log
+  ema: PyTree = None  # moving average of params and batch_stats; None: off
 
   @property
   def variables(self) -> dict[str, PyTree]:
     """What `model.apply` takes."""
     return {'params': self.params, 'batch_stats': self.batch_stats}
+
+  @property
+  def eval_variables(self) -> dict[str, PyTree]:
+    """What is evaluated: their moving average, where there is one."""
+    return self.ema or self.variables
 
 
 def create(
@@ -38,6 +44,7 @@ def create(
   optimizer: optax.GradientTransformation,
   image_size: int,
   seed: int,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step; a pure function of the seed, to be jitted or traced."""
   images = jnp.zeros([1, image_size, image_size, 3])
@@ -49,6 +56,7 @@ def create(
     batch_stats=variables['batch_stats'],
     opt_state=optimizer.init(variables['params']),
     metric_sums=metrics.zeros(),
+    ema={name: variables[name] for name in ('params', 'batch_stats')} if ema else None,
   )
 
 
@@ -57,9 +65,10 @@ def abstract(
   optimizer: optax.GradientTransformation,
   image_size: int,
   sharding: jax.sharding.Sharding,
+  ema: bool = False,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state: no array is made."""
-  shapes = jax.eval_shape(lambda: create(model, optimizer, image_size, seed=0))
+  shapes = jax.eval_shape(lambda: create(model, optimizer, image_size, seed=0, ema=ema))
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
@@ -69,12 +78,13 @@ def initialise(
   image_size: int,
   seed: int,
   sharding: jax.sharding.Sharding,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step, made where it lives."""
   # XLA's CPU compiler would optimise for 11 s (ResNet-32) what runs once in milliseconds.
   options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
   init = jax.jit(
-    lambda seed: create(model, optimizer, image_size, seed),
+    lambda seed: create(model, optimizer, image_size, seed, ema),
     out_shardings=sharding,
     compiler_options=options,
   )

@@ -7,32 +7,41 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from afi_flax import config, losses, metrics, preprocess
+from afi_flax import config, losses, metrics, optim, preprocess
 from afi_flax.state import TrainState
 
 Batch = dict[str, jax.Array]
 
 
 def make_train_step(
-  model: nn.Module, optimizer: optax.GradientTransformation, data: config.Data
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  data: config.Data,
+  batch_norm_parts: int = 1,
+  regularisation: config.Regularisation = config.NO_REGULARISATION,
+  seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
   """(state, {'image' u8 [B,H,W,3], 'label' i32 [B]}) -> the state one update on, the loss f32 [].
 
-  The loss is the mean over the global batch, and batch norm's statistics are the global batch's:
-  with the batch split over devices the compiler adds what must be added between them.
+  The loss is the mean over the global batch, and batch norm's statistics are the global batch's,
+  or each of `batch_norm_parts` equal parts' own: with the batch split over devices the compiler
+  adds what must be added between them. Random erasing and stochastic depth also want the batch's
+  'epoch' and 'example', i32 [B]; `seed` is that of their draws and of mixup's and cutmix's.
   """
+  decay = regularisation.ema_decay
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-    images = preprocess.normalise(batch['image'], data.mean, data.std)
+    images, targets, more = _inputs(batch, state.data_step, model, data, regularisation, seed)
 
     def loss_fn(params):
       logits, updated = model.apply(
         {'params': params, 'batch_stats': state.batch_stats},
         images,
-        train=True,
+        train=batch_norm_parts,
         mutable=['batch_stats'],
+        **more,
       )
-      per_example = losses.cross_entropy(logits, batch['label'])
+      per_example = _losses(logits, targets, regularisation)
       return per_example.mean(), (logits, per_example, updated['batch_stats'])
 
     (loss, (logits, per_example, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -40,17 +49,53 @@ def make_train_step(
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
+    params = optax.apply_updates(state.params, updates)
+    variables = {'params': params, 'batch_stats': batch_stats}
     updated = TrainState(
       step=state.step + 1,
       data_step=state.data_step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       batch_stats=batch_stats,
       opt_state=opt_state,
       metric_sums=jax.tree.map(jnp.add, state.metric_sums, sums),
+      ema=optim.moving_average(state.ema, variables, decay, state.step) if decay else None,
     )
     return updated, loss
 
   return train_step
+
+
+def _inputs(
+  batch: Batch,
+  data_step: jax.Array,
+  model: nn.Module,
+  data: config.Data,
+  regularisation: config.Regularisation,
+  seed: int,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Pictures f32, targets (i32 [B], or f32 [B,K] where they are soft), and what else to apply."""
+  r, images, targets = regularisation, batch['image'], batch['label']
+  if r.loss == 'bce' or r.label_smoothing or r.mixup or r.cutmix:
+    targets = losses.soft_targets(targets, model.num_classes, r.label_smoothing)
+  if r.mixup or r.cutmix:
+    images, targets = preprocess.mix(images, targets, r.mixup, r.cutmix, seed, data_step)
+  images = preprocess.normalise(images, data.mean, data.std)
+  if r.erasing:
+    images = preprocess.erase(images, r.erasing, seed, batch['epoch'], batch['example'])
+  if not r.drop_path:
+    return images, targets, {}
+  counters = batch['epoch'], batch['example']
+  keep = preprocess.branch_scales(r.drop_path, r.num_blocks, seed, *counters)
+  return images, targets, {'keep': keep}
+
+
+def _losses(
+  logits: jax.Array, targets: jax.Array, regularisation: config.Regularisation
+) -> jax.Array:
+  """f32 [B]."""
+  if regularisation.loss == 'bce':
+    return losses.binary_cross_entropy(logits, targets, regularisation.target_threshold)
+  return losses.cross_entropy(logits, targets)
 
 
 def compiler_options(remat: str) -> dict[str, str] | None:

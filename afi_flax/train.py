@@ -12,6 +12,7 @@ import math
 import time
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
@@ -19,7 +20,7 @@ from afi_flax import config as config_lib
 from afi_flax import metrics, models, optim, report, run, sharding, steps
 from afi_flax import state as state_lib
 from afi_flax.checkpoint import Checkpoints
-from afi_flax.data import pipeline, sources
+from afi_flax.data import distort, pipeline, sources
 from afi_flax.errors import StoppedError, UserError
 from afi_flax.evaluate import Evaluator
 from afi_flax.workdir import StopSignals, Workdir
@@ -64,7 +65,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     best_top1 = _best_so_far(workdir, evaluator.split, best.steps())
     learning_rate = optim.schedule(plan.optim)
     train_step = jax.jit(
-      steps.make_train_step(model, optimizer, plan.data),
+      steps.make_train_step(
+        model, optimizer, plan.data, plan.batch_norm_parts, plan.regularisation, plan.seed
+      ),
       donate_argnums=0,
       out_shardings=sharding.replicated(mesh),
       compiler_options=steps.compiler_options(plan.model.remat),
@@ -102,7 +105,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         if save and step > 0:
           checkpoints.save(step, state)
         if evaluate:
-          record = evaluator(state.variables, reporter.evaluating, lambda: _stopping(signals))
+          record = evaluator(state.eval_variables, reporter.evaluating, lambda: _stopping(signals))
           stop = stop or record is None
           if record:
             if record['top1'] >= best_top1:
@@ -142,18 +145,25 @@ def _initial_state(
 ) -> tuple[state_lib.TrainState, str]:
   """Where the run starts, and in words: its own folder, else run.resume, run.init_from, scratch."""
   replicated = sharding.replicated(mesh)
-  size = plan.data.image_size
-  abstract = state_lib.abstract(model, optimizer, size, replicated)
+  size, ema = plan.data.image_size, plan.regularisation.ema_decay > 0
+  abstract = state_lib.abstract(model, optimizer, size, replicated, ema)
   if found := checkpoints.restore(abstract):
     return found[0], f'resumed at step {found[1]}'
   if plan.run.resume:
     state, step = run.restore(Workdir(plan.run.resume), abstract, 'last')
     return state, f'goes on from step {step} of {plan.run.resume}'
-  state = state_lib.initialise(model, optimizer, size, plan.seed, replicated)
+  state = state_lib.initialise(model, optimizer, size, plan.seed, replicated, ema)
   if plan.run.init_from:
-    other, step = run.restore(Workdir(plan.run.init_from), abstract, 'last')
-    state = state.replace(params=other.params, batch_stats=other.batch_stats)
-    return state, f'starts with the weights of step {step} of {plan.run.init_from}'
+    other = run.load_run(plan.run.init_from, mesh=mesh)
+    if jax.tree.map(jnp.shape, other.variables) != jax.tree.map(jnp.shape, state.variables):
+      raise UserError(
+        f'run.init_from {plan.run.init_from} holds {other.plan.model.name!r} of '
+        f'{len(other.class_names)} classes; give a run of {plan.model.name!r} of '
+        f'{plan.model.num_classes} classes'
+      )
+    copy = jax.tree.map(jnp.copy, other.variables)  # the step frees params and ema one by one
+    state = state.replace(**other.variables, ema=copy if ema else None)
+    return state, f'starts with the weights of step {other.step} of {plan.run.init_from}'
   return state, 'starts from scratch'
 
 
@@ -195,6 +205,10 @@ def _host_batches(plan: config_lib.Plan, source, data_step: int):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     augment=plan.data.augment,
+    antialias=plan.data.antialias,
+    distortion=distort.make(
+      plan.data.auto_augment, plan.data.color_jitter, plan.data.lighting, plan.data.mean
+    ),
     image_size=plan.data.image_size,
     workers=plan.run.workers,
     max_unreadable=plan.data.max_unreadable,

@@ -2,8 +2,10 @@ r"""AFI-ResNet-152 on ImageNet: Table 5.
 
 Expect 78.24% top-1, 93.98% top-5 (paper), 54,667,560 parameters; the paper has no AFI-B row.
 The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
-Variants: `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's result),
-`:smoke` (four steps on fake pictures of 64 pixels), joined by commas.
+`:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
+LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here.
+Variants: `:a3`, `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's
+result), `:smoke` (four steps on fake pictures of 64 pixels), joined by commas.
 
     python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
     python -m afi_flax.main --config configs/imagenet_afi_resnet152.py \

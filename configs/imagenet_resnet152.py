@@ -3,7 +3,9 @@ r"""ResNet-152 on ImageNet: the plain network of Table 5.
 Expect 77.0% top-1, 93.3% top-5 (paper), 60,192,808 parameters; `:se` (SE-ResNet-152,
 Squeeze-and-Excitation on every block) 78.43%, 94.27%, 66,770,984 parameters.
 The paper's recipe has batch 64; the learning rate follows `--config.batch_size`.
-Variants: `:se`, `:smoke` (four steps on fake pictures of 64 pixels).
+`:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
+LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here.
+Variants: `:a3`, `:se`, `:smoke` (four steps on fake pictures of 64 pixels).
 
     python -m afi_flax.prepare --dataset imagenet2012 --archives FOLDER
     python -m afi_flax.main --config configs/imagenet_resnet152.py \

@@ -592,3 +592,31 @@ def test_two_processes_decide_alike(tmp_path):
     port = s.getsockname()[1]
   processes = [run_python(TWO_PROCESSES, i, port, tmp_path) for i in (0, 1)]
   assert [p.wait(timeout=300) for p in processes] == [0, 0]
+
+
+def test_a_field_that_came_later_is_none(tmp_path):
+  """What was written without it can be read where it is off, and not where it is on."""
+
+  @flax.struct.dataclass
+  class Old:
+    step: jax.Array
+    params: dict
+
+  @flax.struct.dataclass
+  class New:
+    step: jax.Array
+    params: dict
+    ema: dict | None = None
+
+  params = {'kernel': jnp.arange(6.0).reshape(2, 3)}
+  written = Checkpoints(tmp_path / 'checkpoints')
+  written.save(1, Old(jnp.int32(1), params), wait=True)
+  off = New(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), off)
+  restored, step = written.restore(abstract)
+  assert (type(restored), step, int(restored.step), restored.ema) == (New, 1, 1, None)
+  np.testing.assert_array_equal(restored.params['kernel'], params['kernel'])
+  with pytest.raises(UserError, match='ema/kernel is absent there'):
+    written.restore(abstract.replace(ema=abstract.params))
+  written.close()

@@ -62,7 +62,8 @@ def variants(name):
   recipes = ('a3', 'a3,smoke') if name.startswith('imagenet') else ()
   if not load(name).model.name.startswith('afi_'):
     return ('', 'smoke', 'se', *recipes)
-  return (*recipes, '', 'smoke', 'b', 'stages=2', 'b,stages=2+3', *common.ATTENTIONS, 'stages=2,cbam,b')
+  some = ('', 'smoke', 'b', 'stages=2', 'b,stages=2+3', 'stages=2,cbam,b')
+  return (*some, *common.ATTENTIONS, *recipes)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -68,3 +68,133 @@ def test_clipping_comes_before_the_decay():
   updates, _ = optimizer.update(jnp.array([30.0, 40.0]), optimizer.init(params), params)
   want = -0.4 * (np.array([0.6, 0.8]) + 1e-2 * np.array([3.0, 4.0]))
   np.testing.assert_allclose(updates, want, rtol=1e-5)
+
+
+MATRIX, VECTOR = np.array([[1.0, -2.0], [0.5, 3.0]]), np.array([0.3, -0.7, 1.1])
+
+
+def gradient(p):
+  """Of a loss that pulls each number to a place of its own."""
+  return 2 * p + np.linspace(-1, 2, p.size).reshape(p.shape)
+
+
+def norm(x):
+  return np.sqrt(np.square(x).sum())
+
+
+class Reference:
+  """One tensor in float64, by the definitions; a vector without decay and trust ratio."""
+
+  def __init__(self, p, name, decay, nesterov=False):
+    self.p, self.name, self.nesterov = p, name, nesterov
+    self.decay = decay if p.ndim > 1 else 0
+    self.m = self.v = 0
+
+  def step(self, n, lr):
+    g, p = gradient(self.p), self.p
+    if self.name == 'lars':
+      trust = 1e-3 * norm(p) / (norm(g) + self.decay * norm(p) + 1e-8) if p.ndim > 1 else 1
+      g = trust * (g + self.decay * p)
+    if self.name in ('sgd', 'lars'):
+      g = g + self.decay * p if self.name == 'sgd' else g
+      self.m = 0.9 * self.m + g
+      self.p = p - lr * (g + 0.9 * self.m if self.nesterov else self.m)
+      return
+    self.m, self.v = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g**2
+    root = np.sqrt(self.v / (1 - 0.999**n))
+    update = self.m / (1 - 0.9**n) / (root + (1e-6 if self.name == 'lamb' else 1e-8))
+    update = update + self.decay * p
+    trust = norm(p) / norm(update) if self.name == 'lamb' and p.ndim > 1 else 1
+    self.p = p - lr * trust * update
+
+
+@pytest.mark.parametrize(
+  ('name', 'nesterov'), [('sgd', True), ('lars', False), ('lars', True), ('adamw', False),
+                         ('lamb', False)],
+)  # fmt: skip
+def test_optimisers_by_their_definitions(name, nesterov):
+  plan = dataclasses.replace(
+    STEP, name=name, nesterov=nesterov, decay_vectors=False, weight_decay=0.1, peak_lr=0.05
+  )
+  optimizer = optim.make(plan)
+  params = {'matrix': jnp.asarray(MATRIX), 'vector': jnp.asarray(VECTOR)}
+  state = optimizer.init(params)
+  references = {
+    'matrix': Reference(MATRIX, name, 0.1, nesterov),
+    'vector': Reference(VECTOR, name, 0.1, nesterov),
+  }
+  for n in range(1, 9):
+    grads = {key: jnp.asarray(gradient(np.asarray(p, 'float64'))) for key, p in params.items()}
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    for key, reference in references.items():
+      reference.step(n, 0.05)
+      np.testing.assert_allclose(
+        params[key], reference.p, rtol=2e-5, atol=5e-6, err_msg=f'{key}, step {n}'
+      )
+  moved = {'lars': 1e-4}.get(name, 1e-2)  # LARS takes a thousandth
+  assert np.abs(params['matrix'] - MATRIX).max() > moved
+
+
+def test_decay_of_vectors_can_be_left_out():
+  params = {'matrix': jnp.ones([2, 2]), 'vector': jnp.ones([3])}
+  zeros = {'matrix': jnp.zeros([2, 2]), 'vector': jnp.zeros([3])}
+  for decay_vectors in (True, False):
+    optimizer = optim.make(dataclasses.replace(STEP, decay_vectors=decay_vectors))
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates['matrix'], -0.4 * 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(updates['vector'], -0.4 * 1e-2 * decay_vectors, rtol=1e-6)
+
+
+def test_a_tensor_of_zeros_still_moves():
+  """Its trust ratio would be 0 for ever."""
+  for name in ('lars', 'lamb'):
+    optimizer = optim.make(dataclasses.replace(STEP, name=name))
+    params = jnp.zeros([2, 2])
+    updates, _ = optimizer.update(jnp.ones([2, 2]), optimizer.init(params), params)
+    assert (np.asarray(updates) < -0.1).all()
+
+
+def test_moving_average():
+  average = want = 1.0
+  for step, value in enumerate([2.0, -1.0, 4.0, 4.0]):
+    d = min(0.3, (1 + step) / (10 + step))
+    want = d * want + (1 - d) * value
+    average = optim.moving_average(
+      {'p': jnp.float32(average)}, {'p': jnp.float32(value)}, 0.3, step
+    )
+    average = float(average['p'])
+    assert average == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'nesterov'), [('lamb', False), ('lars', False), ('lars', True), ('adamw', False)]
+)
+def test_optimisers_as_timm(name, nesterov):
+  torch = pytest.importorskip('torch')
+  create = pytest.importorskip('timm.optim').create_optimizer_v2
+  plan = dataclasses.replace(
+    STEP, name=name, nesterov=nesterov, decay_vectors=False, weight_decay=0.02, peak_lr=0.05,
+    clip_norm=1.0 if name == 'lamb' else 0.0,
+  )  # fmt: skip
+  theirs = torch.nn.Linear(2, 2)
+  params = {
+    'matrix': jnp.asarray(theirs.weight.detach().numpy()),
+    'vector': jnp.asarray(theirs.bias.detach().numpy()),
+  }
+  options = {} if name in ('lamb', 'adamw') else {'momentum': 0.9, 'nesterov': nesterov}
+  torch_name = 'adamw' if name == 'adamw' else name
+  reference = create(theirs, torch_name, lr=0.05, weight_decay=0.02, **options)
+  ours = optim.make(plan)
+  state = ours.init(params)
+  for _ in range(6):
+    grads = {key: jnp.asarray(gradient(np.asarray(p))) for key, p in params.items()}
+    theirs.weight.grad = torch.tensor(gradient(theirs.weight.detach().numpy())).float()
+    theirs.bias.grad = torch.tensor(gradient(theirs.bias.detach().numpy())).float()
+    reference.step()
+    updates, state = ours.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params['matrix'], theirs.weight.detach().numpy(), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(params['vector'], theirs.bias.detach().numpy(), rtol=1e-4, atol=1e-6)

@@ -29,6 +29,7 @@ def train_program(
   batch_size: int,
   device: jax.Device,
   remat: str = 'none',
+  regularisation: config.Regularisation = config.NO_REGULARISATION,
 ) -> Program:
   """A training step on one device, as `afi_flax.train` makes it.
 
@@ -39,16 +40,21 @@ def train_program(
     batch_size: B.
     device: what to compile for; of a topology that is not there, too.
     remat: `model.remat` of the config.
+    regularisation: mixing, erasing and moving averages need memory too.
   """
   mesh = sharding.make_mesh([device])
   step = jax.jit(
-    steps.make_train_step(model, optimizer, data),
+    steps.make_train_step(model, optimizer, data, regularisation=regularisation),
     donate_argnums=0,
     out_shardings=sharding.replicated(mesh),
     compiler_options=steps.compiler_options(remat) if device.platform == 'cpu' else None,
   )
-  now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh))
-  return Program(step, (now, _batch(data.image_size, batch_size, mesh)))
+  ema = regularisation.ema_decay > 0
+  now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh), ema)
+  counters = {}
+  if regularisation.erasing or regularisation.drop_path:
+    counters = {'epoch': 'int32', 'example': 'int32'}
+  return Program(step, (now, _batch(data.image_size, batch_size, mesh, **counters)))
 
 
 def eval_program(
@@ -58,7 +64,8 @@ def eval_program(
   mesh = sharding.make_mesh([device])
   step = jax.jit(steps.make_eval_step(model, data), out_shardings=sharding.replicated(mesh))
   now = state.abstract(model, optax.identity(), data.image_size, sharding.replicated(mesh))
-  return Program(step, (now.variables, _batch(data.image_size, batch_size, mesh, mask='float32')))
+  batch = _batch(data.eval_image_size, batch_size, mesh, mask='float32')
+  return Program(step, (now.variables, batch))
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

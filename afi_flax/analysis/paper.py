@@ -90,6 +90,7 @@ _PICTURES = config.Data(
   mean=(0.5, 0.5, 0.5),
   std=(0.25, 0.25, 0.25),
   max_unreadable=0,
+  eval_image_size=224,
 )
 
 

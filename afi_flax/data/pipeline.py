@@ -23,7 +23,7 @@ from absl import flags, logging
 
 from afi_flax import random_draws
 from afi_flax.data import augment as augment_lib
-from afi_flax.data import decode, sources
+from afi_flax.data import decode, distort, sources
 from afi_flax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -45,6 +45,8 @@ def train_batches(
   image_size: int,
   workers: int = 0,
   max_unreadable: int = 100,
+  distortion: distort.Distortion | None = None,
+  antialias: bool = True,
 ) -> Iterator[Batch]:
   """This process's share of the training batches, from number data_step on, without end.
 
@@ -61,6 +63,8 @@ def train_batches(
     image_size: of the square pictures, in pixels.
     workers: processes that decode; 0 decodes in threads. In-memory sets need none.
     max_unreadable: how many different pictures may be unreadable, in this process.
+    distortion: what is done to each picture after `augment`; None: nothing.
+    antialias: of the resize in `augment`, where it has one; False is faster.
 
   Returns:
     Iterator of {'image' u8 [b,S,S,3], 'label' i32 [b], 'example' i32 [b], 'epoch' i32 [b]};
@@ -79,8 +83,9 @@ def train_batches(
   if _in_memory(source):
     _check_size(source, image_size)
     starts = itertools.count(data_step * batch_size + process_index * share, batch_size)
-    return (_train_batch(source, start + np.arange(share), seed, augment) for start in starts)
-  element = _TrainElement(source, seed, augment, image_size)
+    rows = np.arange(share)
+    return (_train_batch(source, start + rows, seed, augment, distortion) for start in starts)
+  element = _TrainElement(source, seed, augment, image_size, distortion, antialias)
   first = data_step * process_count + process_index
   batches = _grain_batches(element, _STREAM_END, share, first, process_count, workers)
   return _drop_bad(batches, source, max_unreadable, 'replaced by the next')
@@ -230,7 +235,13 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # ---- in memory
 
 
-def _train_batch(source: sources.Arrays, position: np.ndarray, seed: int, augment: str) -> Batch:
+def _train_batch(
+  source: sources.Arrays,
+  position: np.ndarray,
+  seed: int,
+  augment: str,
+  distortion: distort.Distortion | None,
+) -> Batch:
   """The batch at these positions of the stream: int64 [b]."""
   n = len(source)
   epoch, place = np.divmod(position, n)
@@ -239,6 +250,9 @@ def _train_batch(source: sources.Arrays, position: np.ndarray, seed: int, augmen
     example[epoch == e] = _epoch_order(n, seed, int(e))[place[epoch == e]]
   epoch = epoch.astype(np.int32)
   images = augment_lib.arrays(augment, source.images[example], seed, epoch, example)
+  if distortion:
+    rows = zip(images, epoch.tolist(), example.tolist(), strict=True)
+    images = np.stack([distortion(image, seed, e, i) for image, e, i in rows])
   return {'image': images, 'label': source.labels[example], 'example': example, 'epoch': epoch}
 
 
@@ -264,6 +278,8 @@ class _TrainElement:
   seed: int
   augment: str
   image_size: int
+  distortion: distort.Distortion | None
+  antialias: bool
 
   def __call__(self, position: int) -> Batch:
     n = len(self.source)
@@ -274,10 +290,14 @@ class _TrainElement:
       example = (wanted + k) % n
       try:
         data, label = self.source.read(example)
-        image = augment_lib.encoded(self.augment, data, self.image_size, self.seed, epoch, example)
+        image = augment_lib.encoded(
+          self.augment, data, self.image_size, self.seed, epoch, example, self.antialias
+        )
       except (OSError, decode.UnreadableError) as e:
         bad[k] = example, _reason(e)
         continue
+      if self.distortion:
+        image = self.distortion(image, self.seed, epoch, example)
       return _element(image, label, example, bad) | {'epoch': np.int32(epoch)}
     raise UserError(
       f'{_TRIES} pictures in a row cannot be read, {self.source.name(wanted)} the first; '

@@ -1,10 +1,10 @@
 """The zoo: one table from a name to a network, in the manner of timm.
 
-A name is `[afi_][se_]backbone[_b][_se|_ge|_cbam|_eca]`:
+A name is `[se_|ge_|cbam_|eca_]backbone`, or `afi_[se_]backbone[_b][_se|_ge|_cbam|_eca]`:
   resnet32               the plain network
   afi_resnet32           the paper's first setting: half of each first convolution is reused
   afi_resnet32_b         its second setting, AFI-B
-  se_resnet50            Squeeze-and-Excitation on every block's output
+  se_resnet50            Squeeze-and-Excitation on every block's output; so ge_, cbam_, eca_
   afi_mobilenetv2_cifar_eca  an attention on the result of AFI
 Forms for 32-pixel pictures of networks that also have an ImageNet form end in `_cifar`.
 """
@@ -31,6 +31,7 @@ __all__ = [
   'fusion_weights',
   'image_size',
   'list_models',
+  'residual_blocks',
   'stage_shapes',
 ]
 
@@ -44,12 +45,14 @@ class Backbone:
     blocks: of every stage, which can carry AFI if they are several; (): it has no such form.
     reductions: r of the AFI and of the AFI-B form.
     image_size: side of the pictures that it is made for, in pixels.
+    residual: its blocks add what they compute to their input.
   """
 
   make: Callable[..., nn.Module]
   blocks: Sequence[int]
   reductions: tuple[int, int] = (4, 16)
   image_size: int = 224
+  residual: bool = True
 
 
 def _resnet(
@@ -72,7 +75,8 @@ def _cifar_resnet(depth: int) -> Backbone:
 
 def _shufflenet(widths: tuple[int, int, int, int], cifar: bool) -> Backbone:
   make = functools.partial(shufflenet_v2.ShuffleNetV2, widths, cifar)
-  return Backbone(make, shufflenet_v2.BLOCKS, image_size=32 if cifar else 224)
+  size = 32 if cifar else 224
+  return Backbone(make, shufflenet_v2.BLOCKS, image_size=size, residual=False)
 
 
 def _mobilenet(cifar: bool, multiplier: float = 1.0) -> Backbone:
@@ -143,8 +147,8 @@ def _forms() -> dict[str, _Form]:
     if not entry.blocks:
       forms.append(_Form(backbone))
       continue
+    forms += [_Form(backbone, '', block_attention) for block_attention in ('', *ATTENTIONS)]
     for block_attention in ('', 'se'):
-      forms.append(_Form(backbone, '', block_attention))
       for setting, after in itertools.product(('half', 'full'), ('', *ATTENTIONS)):
         forms.append(_Form(backbone, setting, block_attention, after))
   return {form.name: form for form in forms}
@@ -156,8 +160,8 @@ DTYPES = ('float32', 'bfloat16')
 def list_models(pattern: str = '*') -> list[str]:
   """Names of all networks that match a shell pattern.
 
-  >>> list_models('*resnet32')
-  ['afi_resnet32', 'afi_se_resnet32', 'resnet32', 'se_resnet32']
+  >>> list_models('afi*_resnet32')
+  ['afi_resnet32', 'afi_se_resnet32']
   """
   return sorted(fnmatch.filter(_forms(), pattern))
 
@@ -167,6 +171,14 @@ def image_size(name: str) -> int:
   if name not in _forms():
     raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
   return BACKBONES[_forms()[name].backbone].image_size
+
+
+def residual_blocks(name: str) -> int:
+  """Blocks, over all stages, for `keep` of a network's call; 0: it has no residual branches."""
+  if name not in _forms():
+    raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
+  backbone = BACKBONES[_forms()[name].backbone]
+  return sum(backbone.blocks) if backbone.residual else 0
 
 
 def create_model(
@@ -233,6 +245,8 @@ def create_model(
 def _fusions(
   form: _Form, backbone: Backbone, stages: Sequence[int] | None
 ) -> tuple[Fusion | None, ...]:
+  if isinstance(stages, int):
+    raise UserError(f'model.stages {stages} must be a tuple; use ({stages},)')
   every = tuple(range(1, len(backbone.blocks) + 1))
   if not form.setting:
     if stages is not None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from afi_flax.errors import UserError
 from afi_flax.models.attention import mlp
 from afi_flax.models.layers import global_average
 
@@ -58,11 +59,24 @@ class Fusion:
       (AFI). 'full': it keeps its whole width and the second one takes twice as many (AFI-B).
     reduction: r, the bottleneck of the scoring network W2 relu(W1 z).
     attention: makes what is applied to R before the concatenation: a class of `attention.py`.
+
+  Raises:
+    UserError: a value that has no meaning.
   """
 
   width: Literal['half', 'full'] = 'half'
   reduction: int = 4
   attention: Attention | None = None
+
+  def __post_init__(self):
+    if self.width not in ('half', 'full'):
+      raise UserError(f"Fusion.width {self.width!r} must be 'half' (AFI) or 'full' (AFI-B)")
+    if self.reduction < 1:
+      raise UserError(f'Fusion.reduction {self.reduction} must be 1 or more')
+    if self.attention is not None and not callable(self.attention):
+      raise UserError(
+        f'Fusion.attention {self.attention!r} must be a class of afi_flax.models.attention, as SE'
+      )
 
   def own_channels(self, width: int) -> int:
     """Channels c of X_k and R_k, where the plain network's first convolution has `width`."""
@@ -215,6 +229,7 @@ def run_stage(
   fusion: Fusion | None,
   train: bool,
   remat: str = 'none',
+  keep: Array | None = None,
 ) -> Array:
   """Runs the blocks of one stage and carries their features from each to the next.
 
@@ -230,6 +245,8 @@ def run_stage(
     remat: what is computed again for the gradient and not kept until then. 'fusion': what is
       elementwise, that is, normalisation, ReLU, R and the concatenation; convolutions and sums are
       kept. 'block': all inside a block but its output and X_k.
+    keep: f32 [B,n or more], for stochastic depth: block k, from 0, is given column k as one more
+      argument, `block(x, features, train, keep)`; None: it is given none.
 
   Returns:
     The last block's output.
@@ -237,18 +254,27 @@ def run_stage(
   features = None
   for k in range(num_blocks):
     block = make_block(k, fusion if k > 0 else None)
-    x, made = _rematted(remat, train)(block, x, features)
+    more = () if keep is None else (keep[:, k],)
+    x, made = _rematted(remat, train)(block, x, features, *more)
     if fusion is not None and k + 1 < num_blocks:
       made = fit(made, x.shape[1:3], fusion.own_channels(width))
       features = (features or Features.room_for(num_blocks - 1, made)).add(made)
   return x
 
 
-def _rematted(remat: str, train: bool) -> Callable:
-  """(block, x, features) -> what the block returns, keeping as much for the gradient as asked."""
+def scale_branch(x: Array, keep: Array | None) -> Array:
+  """x [B,H,W,C] times keep f32 [B], each picture by its own; None: x."""
+  return x if keep is None else x * keep[:, None, None, None].astype(x.dtype)
 
-  def call(block, x, features):
-    return block(x, features, train)
+
+def _rematted(remat: str, train: bool) -> Callable:
+  """(block, x, features, ...) -> what the block returns, keeping as much for the gradient as asked.
+
+  What stands behind `features` is passed on.
+  """
+
+  def call(block, x, features, *more):
+    return block(x, features, train, *more)
 
   if remat == 'none':
     return call

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
+from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage, scale_branch
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
 Array = jax.Array
@@ -50,7 +50,9 @@ class InvertedResidual(nn.Module):
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
+  def __call__(
+    self, x: Array, features: Features | None, train: bool, keep: Array | None = None
+  ) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',features] and X_k [B,H,W,c]."""
     width = self.expansion * x.shape[-1]
     own = self.fusion.own_channels(width) if self.fusion else width
@@ -64,8 +66,9 @@ class InvertedResidual(nn.Module):
     if self.attention:
       y = self.attention(name='attention')(y)
     if x.shape == y.shape:
-      y = y + x
+      y = scale_branch(y, keep) + x
     elif self.cifar and self.strides == 1:
+      y = scale_branch(y, keep)
       y = y + ConvBN(self.features, 1, activation='', dtype=self.dtype, name='shortcut')(x, train)
     return y, made
 
@@ -94,8 +97,11 @@ class MobileNetV2(nn.Module):
   multiplier: float = 1.0
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
-    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage."""
+  def __call__(self, x: Array, train: bool, keep: Array | None = None) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage.
+
+    `keep` f32 [B,N]: what the branch of each of all N blocks that add is multiplied by; None: 1.
+    """
     activation = 'relu' if self.cifar else 'relu6'
     stem = round_width(32 * self.multiplier)
     x = ConvBN(stem, 3, 1 if self.cifar else 2, 1, activation, self.dtype, name='stem')(
@@ -117,7 +123,8 @@ class MobileNetV2(nn.Module):
           name=f'stage{i}_block{k + 1}',
         )
 
-      x = run_stage(make_block, n, x, t * channels, fusion, train, self.remat)
+      x = run_stage(make_block, n, x, t * channels, fusion, train, self.remat, keep)
+      keep = None if keep is None else keep[:, n:]
       maps.append(x)
     if self.features_only:
       return maps

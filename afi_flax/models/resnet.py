@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
+from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage, scale_branch
 from afi_flax.models.layers import ConvBN, Dtype, Head
 
 Array = jax.Array
@@ -34,13 +34,15 @@ class BasicBlock(nn.Module):
   dtype: Dtype = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
+  def __call__(
+    self, x: Array, features: Features | None, train: bool, keep: Array | None = None
+  ) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',width] and X_k [B,H',W',c]."""
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 3, self.strides, dtype=self.dtype, name='conv1')(x, train)
     y = Fuse(self.fusion, name='fuse')(made, features) if self.fusion else made
     y = ConvBN(self.width, 3, activation='', dtype=self.dtype, name='conv2')(y, train)
-    return _add_shortcut(self, x, y, train), made
+    return _add_shortcut(self, x, y, train, keep), made
 
 
 class Bottleneck(nn.Module):
@@ -65,7 +67,9 @@ class Bottleneck(nn.Module):
   expansion: int = 4
 
   @nn.compact
-  def __call__(self, x: Array, features: Features | None, train: bool) -> tuple[Array, Array]:
+  def __call__(
+    self, x: Array, features: Features | None, train: bool, keep: Array | None = None
+  ) -> tuple[Array, Array]:
     """[B,H,W,C] -> output [B,H',W',expansion * width] and X_k [B,H,W,c]."""
     own = self.fusion.own_channels(self.width) if self.fusion else self.width
     made = ConvBN(own, 1, dtype=self.dtype, name='conv1')(x, train)
@@ -73,13 +77,16 @@ class Bottleneck(nn.Module):
     y = ConvBN(self.width, 3, self.strides, self.groups, dtype=self.dtype, name='conv2')(y, train)
     out = self.expansion * self.width
     y = ConvBN(out, 1, activation='', dtype=self.dtype, name='conv3')(y, train)
-    return _add_shortcut(self, x, y, train), made
+    return _add_shortcut(self, x, y, train, keep), made
 
 
-def _add_shortcut(block: BasicBlock | Bottleneck, x: Array, y: Array, train: bool) -> Array:
-  """relu(attention(y) + x), x through 1x1 convolution + BN where the shape changes."""
+def _add_shortcut(
+  block: BasicBlock | Bottleneck, x: Array, y: Array, train: bool, keep: Array | None
+) -> Array:
+  """relu(keep * attention(y) + x), x through 1x1 convolution + BN where the shape changes."""
   if block.attention:
     y = block.attention(name='attention')(y)
+  y = scale_branch(y, keep)
   if x.shape != y.shape:
     x = ConvBN(y.shape[-1], 1, block.strides, activation='', dtype=block.dtype, name='shortcut')(
       x, train
@@ -120,8 +127,11 @@ class ResNet(nn.Module):
   stem_kernel: int = 3
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array | list[Array]:
-    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage."""
+  def __call__(self, x: Array, train: bool, keep: Array | None = None) -> Array | list[Array]:
+    """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every stage.
+
+    `keep` f32 [B,N]: what the branch of each of all N blocks is multiplied by; None: 1.
+    """
     maps, x = [], x.astype(self.dtype)
     if self.stem == 'cifar':
       x = ConvBN(self.stem_width, self.stem_kernel, dtype=self.dtype, name='stem')(x, train)
@@ -137,7 +147,8 @@ class ResNet(nn.Module):
         name = f'stage{i}_block{k + 1}'
         return self.block(width, strides, block_fusion, self.attention, self.dtype, name=name)
 
-      x = run_stage(make_block, num_blocks, x, width, fusion, train, self.remat)
+      x = run_stage(make_block, num_blocks, x, width, fusion, train, self.remat, keep)
+      keep = None if keep is None else keep[:, num_blocks:]
       maps.append(x)
     if self.features_only:
       return maps

@@ -152,6 +152,17 @@ def test_workers_change_nothing_and_end(pictures):
   assert not multiprocessing.active_children()
 
 
+def test_without_antialiasing_only_the_pixels_differ(pictures):
+  options = {'augment': 'random_resized_crop_flip', 'image_size': 8}
+  [smooth], [rough] = train(pictures, options, 1), train(pictures, options, 1, antialias=False)
+  assert smooth['example'].tolist() == rough['example'].tolist()
+  data, _ = pictures.read(rough['example'][0])
+  drawn = SEED, int(rough['epoch'][0]), int(rough['example'][0])
+  want = augment.encoded(options['augment'], data, 8, *drawn, antialias=False)
+  np.testing.assert_array_equal(rough['image'][0], want)
+  assert (smooth['image'] != rough['image']).any()
+
+
 # ---- evaluation
 
 
