@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -30,6 +31,8 @@ Batch = dict[str, np.ndarray]
 
 _TRIES = 16  # pictures tried in a row for one place in a training batch
 _BAD = np.dtype([('example', np.int32), ('reason', 'S100')])  # one that cannot be read; or -1
+_SHARED_MEMORY = '/dev/shm'  # where Linux has it
+_HELD = 5  # batches that a worker keeps there, measured at 4.3 to 5.1
 _STREAM_END = 1 << 60  # positions; grain wants a length
 
 
@@ -350,9 +353,12 @@ def _grain_batches(
   """Batches of `share` elements: number `first` and every `step`-th from there.
 
   Batched before it is sliced by process, and sliced before the workers: so neither changes which
-  examples a batch has. Threads and workers hold a batch each.
+  examples a batch has. A thread holds a batch, a worker _HELD of them.
   """
   import grain  # slow to import, and only large sets need it
+
+  if workers:
+    _check_shared_memory(workers, share * element.image_size**2 * 3)
 
   if not flags.FLAGS.is_parsed():  # grain passes its flags on to its workers
     flags.FLAGS.mark_as_parsed()
@@ -367,6 +373,20 @@ def _grain_batches(
       yield {key: np.array(value) for key, value in batch.items()} if workers else batch
   finally:
     iterator.close()
+
+
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+  """Workers hand batches over in it; a container often has 64 MiB and kills who needs more."""
+  if not os.path.isdir(_SHARED_MEMORY):
+    return
+  free = shutil.disk_usage(_SHARED_MEMORY).free
+  need = workers * _HELD * batch_bytes
+  if need > free:
+    fit = free // (_HELD * batch_bytes)
+    raise UserError(
+      f'run.workers {workers} need {need >> 20} MiB in {_SHARED_MEMORY}, which has {free >> 20} '
+      f'free; use run.workers={fit}, or give a container more (--shm-size)'
+    )
 
 
 def _drop_bad(

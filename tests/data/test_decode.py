@@ -3,6 +3,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -16,6 +17,12 @@ def picture(height=160, width=200, seed=0) -> Image.Image:
   return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def noise(height, width) -> Image.Image:
+  return Image.fromarray(
+    np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  )
+
+
 def encode(image: Image.Image, file_format: str, **options) -> bytes:
   file = io.BytesIO()
   image.save(file, file_format, **options)
@@ -23,9 +30,10 @@ def encode(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def by_pil(image: Image.Image, box, size) -> np.ndarray:
+  """Cropped, then resized, anti-aliased: as torchvision and timm do it."""
   y, x, h, w = box
-  corners = (x, y, x + w, y + h)
-  return np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BILINEAR, corners))
+  cropped = image.convert('RGB').crop((x, y, x + w, y + h))
+  return np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -67,6 +75,21 @@ def test_formats(name, convert, file_format, tolerance):
   assert difference(got, by_pil(image, (0, 20, 160, 160), 160)) <= tolerance
 
 
+@pytest.mark.parametrize('channels', [3, 4])
+def test_16_bit_colours_are_scaled_and_alpha_dropped(channels):
+  pixels = np.random.default_rng(0).integers(0, 2**16, (20, 30, channels), dtype=np.uint16)
+  data = cv2.imencode('.png', pixels)[1].tobytes()
+  got = decode.crop_resize(data, (0, 0, 20, 20), 20)
+  np.testing.assert_array_equal(got, pixels[:, :20, 2::-1] >> 8)
+
+
+def test_grey_with_alpha_keeps_its_grey():
+  image = picture().convert('LA')
+  image.putalpha(7)
+  got = decode.crop_resize(encode(image, 'PNG'), (0, 0, 160, 160), 160)
+  np.testing.assert_array_equal(got, by_pil(image.getchannel('L'), (0, 0, 160, 160), 160))
+
+
 def test_a_palette_with_transparency_and_an_animation_give_colours_without_a_warning():
   frames = [picture(seed=i).quantize(64) for i in range(2)]
   data = encode(frames[0], 'GIF', save_all=True, append_images=frames[1:], transparency=0)
@@ -93,7 +116,59 @@ def test_scaled_decoding_keeps_twice_the_pixels_and_is_used(monkeypatch):
   decode.crop_resize(data, (0, 0, 800, 1000), 100)  # needs 200 x 200 and more
   decode.crop_resize(data, (0, 0, 400, 500), 100)
   decode.crop_resize(data, (0, 0, 200, 250), 100)
-  assert shapes == [(200, 250, 3), (400, 500, 3), (800, 1000, 3)]
+  decode.crop_resize(data, (600, 750, 200, 250), 100)
+  decode.crop_resize(data, (0, 0, 800, 1000), 400, antialias=False)  # needs 400 x 400
+  # Below the second and third crop nothing is decoded: 404 and 204 rows, up to a multiple of 8.
+  assert shapes == [(200, 250, 3), (204, 500, 3), (208, 1000, 3), (800, 1000, 3), (400, 500, 3)]
+
+
+@pytest.mark.parametrize('subsampling', ['4:4:4', '4:2:2', '4:2:0', 'grey'])
+@pytest.mark.parametrize('bottom', [57, 60, 61, 64, 95])
+def test_what_is_left_undecoded_below_the_crop_does_not_change_it(subsampling, bottom):
+  image = noise(96, 88)
+  if subsampling == 'grey':
+    data = encode(image.convert('L'), 'JPEG')
+  else:
+    data = encode(image, 'JPEG', subsampling=subsampling)
+  whole = simplejpeg.decode_jpeg(data, 'RGB')
+  got = decode.crop_resize(data, (bottom - 50, 20, 50, 50), 50)
+  np.testing.assert_array_equal(got, whole[bottom - 50 : bottom, 20:70])
+
+
+@pytest.mark.parametrize('options', [{'progressive': True}, {'restart_marker_rows': 1}])
+def test_other_ways_to_code_a_jpeg_are_as_close(options):
+  data = encode(picture(300, 400), 'JPEG', quality=90, **options)
+  box = (10, 50, 140, 170)
+  want = by_pil(Image.open(io.BytesIO(data)), box, 100)
+  assert difference(decode.crop_resize(data, box, 100), want) < 1.5
+
+
+def test_a_jpeg_that_was_cut_off_is_not_hidden_by_a_crop_above_the_damage():
+  data = encode(noise(160, 200), 'JPEG')
+  with pytest.raises(decode.UnreadableError):
+    decode.crop_resize(data[: len(data) * 3 // 4], (0, 0, 40, 40), 16)
+
+
+@pytest.mark.parametrize('shrink', [1.2, 1.5, 2.0, 3.3, 7.0])
+def test_anti_aliasing_averages_and_is_left_out_on_demand(shrink):
+  """Noise of deviation s becomes weaker, as PIL makes it; without averaging it stays."""
+  image = noise(350, 350)
+  data, size = encode(image, 'PNG'), round(350 / shrink)
+  box = (0, 0, 350, 350)
+  want = by_pil(image, box, size)
+  smooth = decode.crop_resize(data, box, size)
+  rough = decode.crop_resize(data, box, size, antialias=False)
+  assert smooth.std() == pytest.approx(want.std(), rel=0.12)
+  assert rough.std() > 1.1 * smooth.std()
+  assert difference(smooth, want) < 0.7 * difference(rough, want)
+
+
+@pytest.mark.parametrize('antialias', [True, False])
+@pytest.mark.parametrize('box', [(0, 0, 1, 1), (0, 0, 3, 500), (2, 499, 1, 1), (0, 7, 3, 2)])
+def test_the_narrowest_boxes(box, antialias):
+  for file_format in ('JPEG', 'PNG'):
+    got = decode.crop_resize(encode(picture(3, 500), file_format), box, 8, antialias)
+    assert got.shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize(('height', 'width'), [(97, 143), (143, 97), (300, 300), (20, 35)])
@@ -169,16 +244,26 @@ def test_mutated_pictures_decode_or_are_unreadable():
   assert 0 < decoded < 200
 
 
-def test_real_pictures_are_close_to_pils_full_decode(real_data):
-  files = sorted(glob.glob(f'{real_data}/imagenet-samples/val/*/*.JPEG'))[::25]
-  differences = {64: [], 224: []}
+def real_differences(folder: str, step: int, size: int, antialias: bool) -> list[float]:
+  files = sorted(glob.glob(f'{folder}/imagenet-samples/val/*/*.JPEG'))[::step]
+  found = []
   for i, file in enumerate(files):
     with open(file, 'rb') as opened:
       data = opened.read()
-    for size, found in differences.items():
-      box = augment.random_resized_box(*decode.picture_size(data), 0, 0, i)
-      want = by_pil(Image.open(io.BytesIO(data)), box, size)
-      found.append(difference(decode.crop_resize(data, box, size), want))
-  assert len(files) == 20
-  assert np.mean(differences[64]) < 1.5
-  assert np.mean(differences[224]) < 0.5
+    box = augment.random_resized_box(*decode.picture_size(data), 0, 0, i)
+    want = by_pil(Image.open(io.BytesIO(data)), box, size)
+    found.append(difference(decode.crop_resize(data, box, size, antialias), want))
+  return found
+
+
+def test_real_pictures_are_close_to_pils_full_decode(real_data):
+  assert np.mean(real_differences(real_data, 25, 64, True)) < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [64, 160, 224])
+def test_all_real_pictures_are_close_to_pils_full_decode(real_data, size):
+  smooth = real_differences(real_data, 1, size, True)
+  assert len(smooth) == 500
+  assert np.mean(smooth) < 1.5
+  assert np.mean(smooth) < np.mean(real_differences(real_data, 1, size, False))

@@ -3,9 +3,11 @@ import multiprocessing
 import os
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from afi_flax import random_draws
 from afi_flax.data import augment, pipeline, sources
@@ -150,6 +152,27 @@ def test_workers_change_nothing_and_end(pictures):
   ]
   assert_equal(joined(shares), train(pictures, options, 5))
   assert not multiprocessing.active_children()
+
+
+def test_too_little_shared_memory_for_the_workers_is_an_error(pictures, tmp_path, monkeypatch):
+  """Five batches of 8 x 24 x 24 x 3 bytes a worker; a container may have less."""
+  monkeypatch.setattr(pipeline, '_SHARED_MEMORY', str(tmp_path))
+  options = {'augment': 'random_resized_crop_flip', 'image_size': 24, 'workers': 3}
+  monkeypatch.setattr(
+    pipeline.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=2 * 5 * 8 * 24 * 24 * 3)
+  )
+  with pytest.raises(UserError, match=r'run.workers 3 need 0 MiB in .*; use run.workers=2, or'):
+    train(pictures, options)
+
+
+def test_the_content_and_not_the_name_tells_the_format(picture_folder, caplog):
+  picture = Image.fromarray(np.full((30, 40, 3), (200, 100, 50), np.uint8))
+  for path in picture_folder.glob('train/*/*.jpg'):
+    picture.save(path, 'PNG')
+  source = sources.open_split('image_folder', str(picture_folder), 'train')
+  [batch] = train(source, {'augment': 'random_resized_crop_flip', 'image_size': 8}, 1)
+  assert (batch['image'] == (200, 100, 50)).all()
+  assert not caplog.records
 
 
 def test_without_antialiasing_only_the_pixels_differ(pictures):
