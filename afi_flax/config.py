@@ -127,7 +127,8 @@ class Plan:
   dataset: Dataset
   batch_size: int  # global
   eval_batch_size: int  # global, before it is padded to a multiple of the devices
-  batch_norm_parts: int  # into which a batch is cut; each is normalised by itself
+  micro_batches: int  # into which a batch is cut, computed one after another
+  batch_norm_parts: int  # into which each of them is cut; each is normalised by itself
   steps_per_epoch: float
   optim: Optim
   run: Run
@@ -173,6 +174,7 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     dataset=dataset,
     batch_size=batch,
     eval_batch_size=config.eval_batch_size,
+    micro_batches=_micro_batches(config.get('micro_batches', 1), batch, device_count),
     batch_norm_parts=_batch_norm_parts(config.get('batch_norm'), device_count),
     steps_per_epoch=steps_per_epoch,
     optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
@@ -205,6 +207,17 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
     raise UserError(
       f'batch_size {batch} is more than the {num_train} training examples; use at most as many'
     )
+
+
+def _micro_batches(micro_batches: int, batch: int, device_count: int) -> int:
+  share = batch // device_count
+  if micro_batches < 1 or share % micro_batches:
+    fits = [str(n) for n in range(1, share + 1) if share % n == 0]
+    raise UserError(
+      f'micro_batches {micro_batches} must divide the {share} pictures of a device; use one of '
+      f'{", ".join(fits)}'
+    )
+  return micro_batches
 
 
 def _batch_norm_parts(batch_norm: ml_collections.ConfigDict | None, device_count: int) -> int:

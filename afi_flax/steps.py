@@ -20,6 +20,7 @@ def make_train_step(
   batch_norm_parts: int = 1,
   regularisation: config.Regularisation = config.NO_REGULARISATION,
   seed: int = 0,
+  micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
   """(state, {'image' u8 [B,H,W,3], 'label' i32 [B]}) -> the state one update on, the loss f32 [].
 
@@ -27,26 +28,38 @@ def make_train_step(
   or each of `batch_norm_parts` equal parts' own: with the batch split over devices the compiler
   adds what must be added between them. Random erasing and stochastic depth also want the batch's
   'epoch' and 'example', i32 [B]; `seed` is that of their draws and of mixup's and cutmix's.
+
+  With `micro_batches` m the gradient is the mean of m gradients computed one after another, of
+  examples i, i + m, i + 2m, ... each, in a fraction of the memory. Batch norm then normalises each
+  by its own statistics (or parts of it), and the running ones follow all of them in turn.
   """
   decay = regularisation.ema_decay
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
     images, targets, more = _inputs(batch, state.data_step, model, data, regularisation, seed)
 
-    def loss_fn(params):
-      logits, updated = model.apply(
-        {'params': params, 'batch_stats': state.batch_stats},
-        images,
-        train=batch_norm_parts,
-        mutable=['batch_stats'],
-        **more,
-      )
-      per_example = _losses(logits, targets, regularisation)
-      return per_example.mean(), (logits, per_example, updated['batch_stats'])
+    def gradient(batch_stats, images, targets, more):
+      def loss_fn(params):
+        logits, updated = model.apply(
+          {'params': params, 'batch_stats': batch_stats},
+          images,
+          train=batch_norm_parts,
+          mutable=['batch_stats'],
+          **more,
+        )
+        per_example = _losses(logits, targets, regularisation)
+        return per_example.mean(), (logits, per_example, updated['batch_stats'])
 
-    (loss, (logits, per_example, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params
-    )
+      (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      return grads, *out
+
+    inputs = (images, targets, more)
+    if micro_batches == 1:
+      grads, logits, per_example, batch_stats = gradient(state.batch_stats, *inputs)
+    else:
+      grads, logits, per_example, batch_stats = _in_turn(
+        gradient, state.params, state.batch_stats, inputs, micro_batches
+      )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
     params = optax.apply_updates(state.params, updates)
@@ -60,9 +73,32 @@ def make_train_step(
       metric_sums=jax.tree.map(jnp.add, state.metric_sums, sums),
       ema=optim.moving_average(state.ema, variables, decay, state.step) if decay else None,
     )
-    return updated, loss
+    return updated, per_example.mean()
 
   return train_step
+
+
+def _in_turn(gradient: Callable, params, batch_stats, inputs, micro_batches: int) -> tuple:
+  """What `gradient` returns for the whole batch, computed for one part of it after another.
+
+  Part i has examples i, i + m, i + 2m, ...: each device has its share of every part.
+  """
+
+  def one(carry, part):
+    total, batch_stats = carry
+    grads, logits, per_example, batch_stats = gradient(batch_stats, *part)
+    return (jax.tree.map(jnp.add, total, grads), batch_stats), (logits, per_example)
+
+  def cut(x):  # [B,...] -> [m,B/m,...]
+    return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+
+  def join(x):  # and back
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+  nothing = (jax.tree.map(jnp.zeros_like, params), batch_stats)
+  (total, batch_stats), outputs = jax.lax.scan(one, nothing, jax.tree.map(cut, inputs))
+  logits, per_example = jax.tree.map(join, outputs)
+  return jax.tree.map(lambda x: x / micro_batches, total), logits, per_example, batch_stats
 
 
 def _inputs(

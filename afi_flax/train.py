@@ -66,7 +66,13 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     learning_rate = optim.schedule(plan.optim)
     train_step = jax.jit(
       steps.make_train_step(
-        model, optimizer, plan.data, plan.batch_norm_parts, plan.regularisation, plan.seed
+        model,
+        optimizer,
+        plan.data,
+        plan.batch_norm_parts,
+        plan.regularisation,
+        plan.seed,
+        plan.micro_batches,
       ),
       donate_argnums=0,
       out_shardings=sharding.replicated(mesh),

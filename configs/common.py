@@ -49,6 +49,7 @@ def base() -> ml_collections.ConfigDict:
   config.data.max_unreadable = 100  # pictures that may fail to decode before the run ends
 
   config.batch_size = 64  # over all devices and processes
+  config.micro_batches = 1  # a batch is computed in so many parts, one after another: less memory
   config.eval_batch_size = 256  # any number: the last batch is padded and masked
   config.epochs = 1.0
   config.ema_decay = 0.0  # of a mean of weights and statistics, which is evaluated; 0: off

@@ -251,6 +251,9 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('batch_size', 4, 'not divisible by 8 devices; use 8'),
     ('batch_size', 80000, 'more than the 50000 training examples'),
     ('eval_batch_size', 0, 'eval_batch_size 0'),
+    ('micro_batches', 3, 'must divide the 8 pictures of a device; use one of 1, 2, 4, 8'),
+    ('batch_norm.scope', '3', "batch_norm.scope '3' must be 'global', 'device' or a number of dev"),
+    ('batch_norm.scope', 'all', "batch_norm.scope 'all' must be"),
     ('epochs', 0.0, 'epochs 0'),
     ('epochs', float('nan'), 'epochs nan'),
     ('seed', -1, 'seed -1'),
@@ -340,3 +343,12 @@ def test_plain_networks_refuse(arg):
   with pytest.raises(UserError, match='config variant') as error:
     load('imagenet_resnet50', arg)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('scope', 'parts'), [('global', 1), ('device', 8), ('1', 8), ('4', 2), ('8', 1), ('16', 1)]
+)
+def test_batch_norm_scope(scope, parts):
+  config = load('cifar100_afi_resnet32')
+  config.batch_norm.scope = scope
+  assert resolve(config, device_count=8).batch_norm_parts == parts

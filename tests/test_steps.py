@@ -149,3 +149,35 @@ def test_number_of_sums_over_devices(plan, parts, all_reduces):
   }
   program = jax.jit(step, donate_argnums=0, out_shardings=replicated).lower(now, batch).compile()
   assert program.as_text().count(' all-reduce(') == all_reduces
+
+
+def first_step(plan, batch, num_devices, micro_batches, stats=None):
+  """The state after one step; `stats` None: from the initial running statistics."""
+  mesh = sharding.make_mesh(jax.devices()[:num_devices])
+  optimizer, replicated = optim.make(plan.optim), sharding.replicated(mesh)
+  step = steps.make_train_step(MODEL, optimizer, plan.data, micro_batches=micro_batches)
+  now = state.initialise(MODEL, optimizer, 32, 0, replicated)
+  now = now if stats is None else now.replace(batch_stats=stats)
+  return jax.jit(step, out_shardings=replicated)(now, sharding.put_batch(batch, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_devices', [1, 4])
+def test_micro_batches_are_a_mean_of_gradients(plan, batches, num_devices):
+  """Each part is normalised by itself: the reference takes one plain step on each."""
+  batch = batches[0]
+  got, loss = first_step(plan, batch, num_devices, micro_batches=2)
+  parts = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
+  a, loss_a = first_step(plan, parts[0], 1, micro_batches=1)
+  b, loss_b = first_step(plan, parts[1], 1, 1, stats=jax.device_get(a.batch_stats))
+  np.testing.assert_allclose(loss, (loss_a + loss_b) / 2, rtol=1e-5)
+
+  def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
+
+  # SGD's first step is linear in the gradient, so the mean of two steps is the step of the mean.
+  jax.tree.map(
+    lambda x, y, z: close(x, (y + z) / 2), *map(jax.device_get, (got.params, a.params, b.params))
+  )
+  jax.tree.map(close, jax.device_get(got.batch_stats), jax.device_get(b.batch_stats))
+  assert int(got.metric_sums['examples']) == len(batch['label'])
