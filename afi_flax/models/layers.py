@@ -192,21 +192,23 @@ class BatchNorm(nn.Module):
     running_var = self.variable('batch_stats', 'var', jnp.ones, channels)
     scale = self.param('scale', nn.initializers.ones, channels)
     bias = self.param('bias', nn.initializers.zeros, channels)
-    groups = int(train) or 1
-    parts = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype('float32')
-    axes = tuple(range(1, parts.ndim - 1))
+    shape, x = x.shape, x.astype('float32')
+    mean, var = running_mean.value, running_var.value
+    axes = tuple(range(x.ndim - 1))
+    if train > 1:  # [G,B/G,...,C]; one part keeps its shape, which XLA fuses better
+      x = x.reshape(train, shape[0] // train, *shape[1:])
+      axes = tuple(range(1, x.ndim - 1))
+      scale, bias = scale[None], bias[None]
     if train:
-      mean = parts.mean(axes)  # [G,C] of [G,B/G,...,C]
-      var = jnp.maximum((parts * parts).mean(axes) - mean * mean, 0)
+      mean = x.mean(axes)  # [C], or [G,C]
+      var = jnp.maximum((x * x).mean(axes) - mean * mean, 0)
       if not self.is_initializing():
-        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean.mean(0)
-        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var.mean(0)
-    else:
-      mean, var = running_mean.value[None], running_var.value[None]
-    factor = scale[None] * jax.lax.rsqrt(var + EPSILON)
-    offset = bias[None] - mean * factor
-    parts = parts * jnp.expand_dims(factor, axes) + jnp.expand_dims(offset, axes)
-    return parts.reshape(x.shape).astype(self.dtype)
+        new_mean, new_var = (v.reshape(-1, *channels).mean(0) for v in (mean, var))
+        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * new_mean
+        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * new_var
+    factor = scale * jax.lax.rsqrt(var + EPSILON)
+    factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
+    return (x * factor + offset).reshape(shape).astype(self.dtype)
 
 
 def global_average(x: Array) -> Array:
