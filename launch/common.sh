@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false
+main_flags=()
 
 # Exit status of afi_flax.main (see its docstring) that a launcher tells apart.
 readonly MISTAKE=2 STOPPED=75
@@ -29,10 +30,31 @@ run() {
   if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
-# The value of a flag: value NAME "$@", where $1 is --NAME=VALUE or $1 $2 are --NAME VALUE.
-value() {
-  [[ $# -ge 2 ]] || die "$1 needs a value"
-  printf '%s' "$2"
+# Reads a launcher's own flags into variables of their names, and what stands behind -- into
+# main_flags: parse 'FLAGS WITH A VALUE' 'FLAGS WITHOUT' "$@".
+parse() {
+  local with_value=" $1 " without=" dry_run $2 " flag
+  shift 2
+  while [[ $# -gt 0 && $1 != -- ]]; do
+    [[ $1 != --help && $1 != -h ]] || help
+    flag=${1%%=*} flag=${flag#--}
+    if [[ ! $1 =~ ^--[a-z_]+(=|$) ]]; then
+      die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --"
+    elif [[ $with_value == *" $flag "* && $1 == *=* ]]; then
+      printf -v "$flag" '%s' "${1#*=}"
+    elif [[ $with_value == *" $flag "* ]]; then
+      [[ $# -ge 2 ]] || die "$1 needs a value"
+      printf -v "$flag" '%s' "$2"
+      shift
+    elif [[ $without == *" $flag "* && $1 != *=* ]]; then
+      printf -v "$flag" true
+    else
+      die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --"
+    fi
+    shift
+  done
+  [[ ${1-} != -- ]] || shift
+  main_flags=("$@")
 }
 
 needs() {

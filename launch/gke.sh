@@ -23,7 +23,7 @@
 #   --dry_run       prints what would run
 #
 # Needs kubectl with the cluster's credentials and JobSet 0.10 or later in the cluster; docker for
-# build. Give a --workdir that all hosts share: gs://BUCKET/RUN or /bucket/RUN.
+# build. Give a --workdir on a file system that all hosts share; gs:// is none.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,23 +33,8 @@ action=${1---help}
 shift
 name='' image='' tpu='' gpu='' topology='' hosts='' chips='' namespace='default'
 service_account='' bucket='' slices=1 max_restarts=10 spot=false
-while [[ $# -gt 0 && $1 != -- ]]; do
-  case $1 in
-    --name=* | --image=* | --tpu=* | --gpu=* | --topology=* | --hosts=* | --chips=* | --slices=* | \
-      --max_restarts=* | --namespace=* | --service_account=* | --bucket=*)
-      flag=${1%%=*} given=${1#*=} ;;
-    --name | --image | --tpu | --gpu | --topology | --hosts | --chips | --slices | \
-      --max_restarts | --namespace | --service_account | --bucket)
-      flag=$1 given=$(value "$@"); shift ;;
-    --spot | --dry_run) flag=$1 given=true ;;
-    --help | -h) help ;;
-    *) die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --" ;;
-  esac
-  printf -v "${flag#--}" '%s' "$given"
-  shift
-done
-[[ ${1-} == -- ]] && shift
-main_flags=("$@")
+parse 'name image tpu gpu topology hosts chips namespace service_account bucket slices max_restarts' \
+  'spot' "$@"
 needs name
 good_name name "$name"
 

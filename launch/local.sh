@@ -14,17 +14,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 processes=1
-while [[ $# -gt 0 && $1 != -- ]]; do
-  case $1 in
-    --processes=*) processes=${1#*=} ;;
-    --processes) processes=$(value "$@"); shift ;;
-    --dry_run) dry_run=true ;;
-    --help | -h) help ;;
-    *) die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --" ;;
-  esac
-  shift
-done
-[[ ${1-} == -- ]] && shift
+parse 'processes' '' "$@"
 positive processes "$processes"
 
 if [[ -z ${PYTHON-} ]]; then
@@ -32,7 +22,7 @@ if [[ -z ${PYTHON-} ]]; then
   [[ -x $PYTHON ]] || PYTHON=python3
 fi
 cd "$root"
-command=("$PYTHON" -m afi_flax.main "$@")
+command=("$PYTHON" -m afi_flax.main "${main_flags[@]}")
 
 if [[ $processes == 1 ]]; then
   if $dry_run; then quoted "${command[@]}"; exit; fi

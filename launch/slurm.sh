@@ -20,20 +20,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name='' nodes='' gpus='' partition='' account='' time='' cpus='' stop_before=120
-while [[ $# -gt 0 && $1 != -- ]]; do
-  case $1 in
-    --name=* | --nodes=* | --gpus=* | --partition=* | --account=* | --time=* | --cpus=* | \
-      --stop_before=*) flag=${1%%=*} given=${1#*=} ;;
-    --name | --nodes | --gpus | --partition | --account | --time | --cpus | --stop_before)
-      flag=$1 given=$(value "$@"); shift ;;
-    --dry_run) dry_run=true; shift; continue ;;
-    --help | -h) help ;;
-    *) die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --" ;;
-  esac
-  printf -v "${flag#--}" '%s' "$given"
-  shift
-done
-[[ ${1-} == -- ]] && shift
+parse 'name nodes gpus partition account time cpus stop_before' '' "$@"
 needs name nodes gpus
 good_name name "$name"
 positive nodes "$nodes"
@@ -51,4 +38,4 @@ options=(
 [[ -z $account ]] || options+=(--account="$account")
 [[ -z $time ]] || options+=(--time="$time")
 [[ -z $cpus ]] || options+=(--cpus-per-task="$cpus")
-run sbatch "${options[@]}" "$root/launch/slurm_job.sh" "$@"
+run sbatch "${options[@]}" "$root/launch/slurm_job.sh" "${main_flags[@]}"

@@ -17,7 +17,7 @@
 #
 #   --bucket  is mounted on every host as ~/bucket, for data: --config.data.data_dir=bucket/...
 #
-# Give a --workdir that all hosts share: gs://BUCKET/RUN, or bucket/RUN. The same `resume` command
+# Give a --workdir on a file system that all hosts share; gs:// is none. The same `resume` command
 # goes on with a run that was stopped. Exit status: that of afi_flax.main on the first host. A run
 # goes on when the connection to it breaks.
 set -euo pipefail
@@ -28,21 +28,7 @@ action=${1---help}
 [[ $action != --help && $action != -h ]] || help
 shift
 name='' zone='' project='' type='' runtime='' bucket='' spot=false queue=false
-while [[ $# -gt 0 && $1 != -- ]]; do
-  case $1 in
-    --name=* | --zone=* | --project=* | --type=* | --runtime=* | --bucket=*)
-      flag=${1%%=*} given=${1#*=} ;;
-    --name | --zone | --project | --type | --runtime | --bucket)
-      flag=$1 given=$(value "$@"); shift ;;
-    --spot | --queue | --dry_run) flag=$1 given=true ;;
-    --help | -h) help ;;
-    *) die "$1 is not a flag of the launcher; flags of afi_flax.main go behind --" ;;
-  esac
-  printf -v "${flag#--}" '%s' "$given"
-  shift
-done
-[[ ${1-} == -- ]] && shift
-main_flags=("$@")
+parse 'name zone project type runtime bucket' 'spot queue' "$@"
 needs name zone
 good_name name "$name"
 
