@@ -75,7 +75,14 @@ class Regularisation:
   ema_decay: float = 0.0  # 0: off
 
 
-NO_REGULARISATION = Regularisation()
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """How a training step goes about its batch."""
+
+  seed: int = 0  # of the draws on the device
+  micro_batches: int = 1  # into which a batch is cut, computed one after another
+  batch_norm_parts: int = 1  # into which each of them is cut; each is normalised by itself
+  regularisation: Regularisation = Regularisation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +134,10 @@ class Plan:
   dataset: Dataset
   batch_size: int  # global
   eval_batch_size: int  # global, before it is padded to a multiple of the devices
-  micro_batches: int  # into which a batch is cut, computed one after another
-  batch_norm_parts: int  # into which each of them is cut; each is normalised by itself
   steps_per_epoch: float
   optim: Optim
   run: Run
-  regularisation: Regularisation
+  step: Step
 
 
 def resolve(
@@ -174,12 +179,15 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     dataset=dataset,
     batch_size=batch,
     eval_batch_size=config.eval_batch_size,
-    micro_batches=_micro_batches(config.get('micro_batches', 1), batch, device_count),
-    batch_norm_parts=_batch_norm_parts(config.get('batch_norm'), device_count),
     steps_per_epoch=steps_per_epoch,
     optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
     run=_run(config.run, steps_per_epoch, total_steps),
-    regularisation=_regularisation(config),
+    step=Step(
+      seed=config.seed,
+      micro_batches=_micro_batches(config.get('micro_batches', 1), batch, device_count),
+      batch_norm_parts=_batch_norm_parts(config.get('batch_norm'), device_count),
+      regularisation=_regularisation(config),
+    ),
   )
 
 

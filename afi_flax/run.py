@@ -95,7 +95,7 @@ def load_run(
     optim.make(plan.optim),
     plan.data.image_size,
     sharding.replicated(mesh),
-    ema=plan.regularisation.ema_decay > 0,
+    ema=plan.step.regularisation.ema_decay > 0,
   )
   state, step = restore(folder, abstract, str(checkpoint))
   data = plan.data

@@ -17,33 +17,30 @@ def make_train_step(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   data: config.Data,
-  batch_norm_parts: int = 1,
-  regularisation: config.Regularisation = config.NO_REGULARISATION,
-  seed: int = 0,
-  micro_batches: int = 1,
+  how: config.Step,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
   """(state, {'image' u8 [B,H,W,3], 'label' i32 [B]}) -> the state one update on, the loss f32 [].
 
   The loss is the mean over the global batch, and batch norm's statistics are the global batch's,
-  or each of `batch_norm_parts` equal parts' own: with the batch split over devices the compiler
+  or each of `how.batch_norm_parts` equal parts' own: with the batch split over devices the compiler
   adds what must be added between them. Random erasing and stochastic depth also want the batch's
-  'epoch' and 'example', i32 [B]; `seed` is that of their draws and of mixup's and cutmix's.
+  'epoch' and 'example', i32 [B].
 
-  With `micro_batches` m the gradient is the mean of m gradients computed one after another, of
+  With `how.micro_batches` m the gradient is the mean of m gradients computed one after another, of
   examples i, i + m, i + 2m, ... each, in a fraction of the memory. Batch norm then normalises each
   by its own statistics (or parts of it), and the running ones follow all of them in turn.
   """
-  decay = regularisation.ema_decay
+  regularisation, decay = how.regularisation, how.regularisation.ema_decay
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-    images, targets, more = _inputs(batch, state.data_step, model, data, regularisation, seed)
+    images, targets, more = _inputs(batch, state.data_step, model, data, how)
 
     def gradient(batch_stats, images, targets, more):
       def loss_fn(params):
         logits, updated = model.apply(
           {'params': params, 'batch_stats': batch_stats},
           images,
-          train=batch_norm_parts,
+          train=how.batch_norm_parts,
           mutable=['batch_stats'],
           **more,
         )
@@ -54,11 +51,11 @@ def make_train_step(
       return grads, *out
 
     inputs = (images, targets, more)
-    if micro_batches == 1:
+    if how.micro_batches == 1:
       grads, logits, per_example, batch_stats = gradient(state.batch_stats, *inputs)
     else:
       grads, logits, per_example, batch_stats = _in_turn(
-        gradient, state.params, state.batch_stats, inputs, micro_batches
+        gradient, state.params, state.batch_stats, inputs, how.micro_batches
       )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
@@ -106,22 +103,21 @@ def _inputs(
   data_step: jax.Array,
   model: nn.Module,
   data: config.Data,
-  regularisation: config.Regularisation,
-  seed: int,
+  how: config.Step,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Pictures f32, targets (i32 [B], or f32 [B,K] where they are soft), and what else to apply."""
-  r, images, targets = regularisation, batch['image'], batch['label']
+  r, images, targets = how.regularisation, batch['image'], batch['label']
   if r.loss == 'bce' or r.label_smoothing or r.mixup or r.cutmix:
     targets = losses.soft_targets(targets, model.num_classes, r.label_smoothing)
   if r.mixup or r.cutmix:
-    images, targets = preprocess.mix(images, targets, r.mixup, r.cutmix, seed, data_step)
+    images, targets = preprocess.mix(images, targets, r.mixup, r.cutmix, how.seed, data_step)
   images = preprocess.normalise(images, data.mean, data.std)
   if r.erasing:
-    images = preprocess.erase(images, r.erasing, seed, batch['epoch'], batch['example'])
+    images = preprocess.erase(images, r.erasing, how.seed, batch['epoch'], batch['example'])
   if not r.drop_path:
     return images, targets, {}
   counters = batch['epoch'], batch['example']
-  keep = preprocess.branch_scales(r.drop_path, r.num_blocks, seed, *counters)
+  keep = preprocess.branch_scales(r.drop_path, r.num_blocks, how.seed, *counters)
   return images, targets, {'keep': keep}
 
 
@@ -134,13 +130,31 @@ def _losses(
   return losses.cross_entropy(logits, targets)
 
 
-def compiler_options(remat: str) -> dict[str, str] | None:
+def jit_train_step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  data: config.Data,
+  how: config.Step,
+  sharding: jax.sharding.Sharding,
+  remat: str,
+) -> jax.stages.Wrapped:
+  """`make_train_step` as it is run: the state, of that sharding, makes room for the next."""
+  (device, *_) = sharding.device_set
+  return jax.jit(
+    make_train_step(model, optimizer, data, how),
+    donate_argnums=0,
+    out_shardings=sharding,
+    compiler_options=compiler_options(remat, device),
+  )
+
+
+def compiler_options(remat: str, device: jax.Device) -> dict[str, str] | None:
   """What `jax.jit` of the train step needs so that `model.remat` saves memory on the CPU too.
 
   XLA's CPU compiler removes the barriers of `jax.checkpoint` and then merges what is to be computed
   again with its first computation, which keeps all of it in memory.
   """
-  if remat == 'none' or jax.default_backend() != 'cpu':
+  if remat == 'none' or device.platform != 'cpu':
     return None
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 

@@ -64,19 +64,8 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     workdir.cut_back(start)
     best_top1 = _best_so_far(workdir, evaluator.split, best.steps())
     learning_rate = optim.schedule(plan.optim)
-    train_step = jax.jit(
-      steps.make_train_step(
-        model,
-        optimizer,
-        plan.data,
-        plan.batch_norm_parts,
-        plan.regularisation,
-        plan.seed,
-        plan.micro_batches,
-      ),
-      donate_argnums=0,
-      out_shardings=sharding.replicated(mesh),
-      compiler_options=steps.compiler_options(plan.model.remat),
+    train_step = steps.jit_train_step(
+      model, optimizer, plan.data, plan.step, sharding.replicated(mesh), plan.model.remat
     )
     zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(mesh))
     batches = pipeline.prefetch(
@@ -151,7 +140,7 @@ def _initial_state(
 ) -> tuple[state_lib.TrainState, str]:
   """Where the run starts, and in words: its own folder, else run.resume, run.init_from, scratch."""
   replicated = sharding.replicated(mesh)
-  size, ema = plan.data.image_size, plan.regularisation.ema_decay > 0
+  size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
   abstract = state_lib.abstract(model, optimizer, size, replicated, ema)
   if found := checkpoints.restore(abstract):
     return found[0], f'resumed at step {found[1]}'

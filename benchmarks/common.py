@@ -41,7 +41,7 @@ def train_program(plan: config.Plan, device: jax.Device) -> memory.Program:
   """The training step of a run."""
   model, optimizer = create_model(**vars(plan.model)), optim.make(plan.optim)
   return memory.train_program(
-    model, optimizer, plan.data, plan.batch_size, device, plan.model.remat
+    model, optimizer, plan.data, plan.step, plan.batch_size, device, plan.model.remat
   )
 
 

@@ -149,7 +149,7 @@ def test_strikes_back_recipe():
   assert plan.optim.total_steps == -(-100 * 1281167 // 2048)
   assert plan.optim.warmup_steps == round(5 * 1281167 / 2048)
   assert (plan.data.image_size, plan.data.eval_image_size, plan.data.eval_resize) == (160, 224, 235)
-  assert plan.regularisation == config_lib.Regularisation(
+  assert plan.step.regularisation == config_lib.Regularisation(
     loss='bce', target_threshold=0.2, mixup=0.1, cutmix=1.0
   )
   assert load('imagenet_resnet50', 'smoke,a3').data.eval_image_size == 68
@@ -161,7 +161,7 @@ def test_strikes_back_recipe():
 def test_a_config_from_before_there_was_regularisation():
   config = load('cifar100_afi_resnet32')
   plan = resolve(config)
-  assert plan.regularisation == config_lib.NO_REGULARISATION
+  assert plan.step == config_lib.Step()
   with config.unlocked():
     del config.loss, config.ema_decay, config.model.drop_path, config.optimizer.decay_vectors
     for key in ('eval_image_size', 'auto_augment', 'color_jitter', 'lighting', 'mixup', 'cutmix'):
@@ -351,4 +351,4 @@ def test_plain_networks_refuse(arg):
 def test_batch_norm_scope(scope, parts):
   config = load('cifar100_afi_resnet32')
   config.batch_norm.scope = scope
-  assert resolve(config, device_count=8).batch_norm_parts == parts
+  assert resolve(config, device_count=8).step.batch_norm_parts == parts

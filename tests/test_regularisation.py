@@ -38,7 +38,7 @@ def run(num_devices, num_steps=2, regularisation=EVERYTHING, seed=0):
   replicated = sharding.replicated(mesh)
   step = jax.jit(
     steps.make_train_step(
-      MODEL, optimizer, plan.data, regularisation=regularisation, seed=seed
+      MODEL, optimizer, plan.data, config.Step(seed, regularisation=regularisation)
     ),
     donate_argnums=0,
     out_shardings=replicated,

@@ -38,7 +38,7 @@ def run(plan, batches, num_devices, seed=0):
   optimizer = optim.make(plan.optim)
   replicated = sharding.replicated(mesh)
   train_step = jax.jit(
-    steps.make_train_step(MODEL, optimizer, plan.data),
+    steps.make_train_step(MODEL, optimizer, plan.data, plan.step),
     donate_argnums=0,
     out_shardings=replicated,
   )
@@ -141,7 +141,9 @@ def test_number_of_sums_over_devices(plan, parts, all_reduces):
   """Global statistics: one for each of 19 convolutions, forward and backward, and the gradients."""
   mesh = sharding.make_mesh()
   optimizer, replicated = optim.make(plan.optim), sharding.replicated(mesh)
-  step = steps.make_train_step(create_model('resnet20', 10), optimizer, plan.data, parts)
+  step = steps.make_train_step(
+    create_model('resnet20', 10), optimizer, plan.data, config.Step(batch_norm_parts=parts)
+  )
   now = state.abstract(create_model('resnet20', 10), optimizer, 32, replicated)
   batch = {
     'image': jax.ShapeDtypeStruct((16, 32, 32, 3), 'uint8', sharding=sharding.split(mesh)),
@@ -155,7 +157,9 @@ def first_step(plan, batch, num_devices, micro_batches, stats=None):
   """The state after one step; `stats` None: from the initial running statistics."""
   mesh = sharding.make_mesh(jax.devices()[:num_devices])
   optimizer, replicated = optim.make(plan.optim), sharding.replicated(mesh)
-  step = steps.make_train_step(MODEL, optimizer, plan.data, micro_batches=micro_batches)
+  step = steps.make_train_step(
+    MODEL, optimizer, plan.data, config.Step(micro_batches=micro_batches)
+  )
   now = state.initialise(MODEL, optimizer, 32, 0, replicated)
   now = now if stats is None else now.replace(batch_stats=stats)
   return jax.jit(step, out_shardings=replicated)(now, sharding.put_batch(batch, mesh))

@@ -26,10 +26,10 @@ def train_program(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   data: config.Data,
+  how: config.Step,
   batch_size: int,
   device: jax.Device,
   remat: str = 'none',
-  regularisation: config.Regularisation = config.NO_REGULARISATION,
 ) -> Program:
   """A training step on one device, as `afi_flax.train` makes it.
 
@@ -37,18 +37,14 @@ def train_program(
     model: made with this `remat`.
     optimizer: its state is part of the arguments.
     data: normalisation and picture size.
+    how: as in the run's plan; parts of a batch are those of this device alone.
     batch_size: B.
     device: what to compile for; of a topology that is not there, too.
     remat: `model.remat` of the config.
-    regularisation: mixing, erasing and moving averages need memory too.
   """
   mesh = sharding.make_mesh([device])
-  step = jax.jit(
-    steps.make_train_step(model, optimizer, data, regularisation=regularisation),
-    donate_argnums=0,
-    out_shardings=sharding.replicated(mesh),
-    compiler_options=steps.compiler_options(remat) if device.platform == 'cpu' else None,
-  )
+  step = steps.jit_train_step(model, optimizer, data, how, sharding.replicated(mesh), remat)
+  regularisation = how.regularisation
   ema = regularisation.ema_decay > 0
   now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh), ema)
   counters = {}
