@@ -184,7 +184,8 @@ class Reporter:
     """Reports the means over the steps since the last such record.
 
     Args:
-      record: step, split 'train', loss, top1 and top5 (fractions), examples, images_per_second.
+      record: step, split 'train', loss, top1 and top5 (fractions), examples, images_per_second,
+        and mfu (a fraction) where the devices' peak is known.
       learning_rate: that of the record's last step; it is stored with the record.
     """
     if not self._enabled:
@@ -196,7 +197,8 @@ class Reporter:
       f'loss {f"{loss:.3f}" if loss < 10 else f"{loss:.4g}"}',
       f'top-1 {record["top1"]:5.1%}',
       f'lr {learning_rate:<8.3g}',
-      f'{rate(record["images_per_second"]):>6} pictures/s',
+      rate(record['images_per_second']).rjust(6)
+      + (f'/s, MFU {record["mfu"]:.0%}' if 'mfu' in record else ' pictures/s'),
     ]
     if self.console.has_bar:
       self._draw_bar()
@@ -250,7 +252,7 @@ class Reporter:
       return
     folder = shlex.quote(_shown(self._workdir.folder))
     print(self._reached(split))
-    print(f'Curves: {_shown(self._workdir.curves_path)}')
+    print(f'Curves: {_shown(self._workdir.shown(self._workdir.curves_path))}')
     print(f'Next: {_python()} -m afi_flax.main --mode=eval --workdir {folder}', flush=True)
 
   def _reached(self, split: str) -> str:
@@ -324,6 +326,8 @@ def _python() -> str:
 
 def _shown(path: str | os.PathLike) -> str:
   """The path as one would type it here."""
+  if '://' in os.fspath(path):
+    return os.fspath(path)
   path = pathlib.Path(path).absolute()
   here = pathlib.Path.cwd()
   return str(path.relative_to(here) if path.is_relative_to(here) else path)

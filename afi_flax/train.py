@@ -19,6 +19,7 @@ from absl import logging
 from afi_flax import config as config_lib
 from afi_flax import metrics, models, optim, report, run, sharding, steps
 from afi_flax import state as state_lib
+from afi_flax.analysis import cost, devices, memory
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.data import distort, pipeline, sources
 from afi_flax.errors import StoppedError, UserError
@@ -73,7 +74,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
       lambda batch: sharding.put_batch(batch, mesh),
     )
     losses = collections.deque()  # of the steps that the device has not been seen to finish
-    clock = _Clock()
+    clock = _Clock(plan, model, mesh)
     with (
       contextlib.closing(_reporter(workdir, plan, start, writer)) as reporter,
       contextlib.closing(_Trace(workdir.profile, plan.run.profile_steps)) as trace,
@@ -91,7 +92,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
           clock.pause()
         if log and int(state.metric_sums['examples']):  # none right after a restart
           record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
-          record['images_per_second'] = plan.batch_size * clock.steps_per_second()
+          record |= clock.speed()
           if step % plan.run.log_every == 0 or step == plan.optim.total_steps:
             state = state.replace(metric_sums=zeros())
           else:  # max_steps came first; a run that goes on writes the whole line in its place
@@ -113,7 +114,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
 
         if step == start:
           batch = next(batches)
-          train_step = _compile(train_step, state, batch, reporter)
+          train_step = _compile(train_step, state, batch, mesh, reporter)
           clock.resume()
         else:
           clock.resume()
@@ -210,11 +211,17 @@ def _host_batches(plan: config_lib.Plan, source, data_step: int):
   )
 
 
-def _compile(train_step, state, batch, reporter: report.Reporter):
-  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait."""
+def _compile(train_step, state, batch, mesh, reporter: report.Reporter):
+  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
+
+  Says what memory the step needs, or raises UserError if a device has less.
+  """
   start = time.perf_counter()
-  compiled = train_step.lower(state, batch).compile()
-  reporter.say(f'Compiled the training step in {time.perf_counter() - start:.1f} s.')
+  cure = memory.train_cure(len(batch['label']) // mesh.size)
+  compiled = memory.compile_or_explain(train_step.lower(state, batch), cure)
+  needs = memory.check_fits(compiled, mesh.local_devices, cure)
+  seconds = time.perf_counter() - start
+  reporter.say(f'Compiled the training step in {seconds:.1f} s; it needs {needs} of memory.')
   return compiled
 
 
@@ -250,8 +257,12 @@ def _best_so_far(workdir: Workdir, split: str, steps_there: list[int]) -> float:
 class _Clock:
   """Speed of the training steps: evaluating, saving and compiling left out."""
 
-  def __init__(self):
+  def __init__(self, plan: config_lib.Plan, model, mesh):
     self.steps = 0
+    self._batch_size = plan.batch_size
+    peak = devices.peak_flops(list(mesh.devices.flat))
+    # Seconds that a picture would take at the devices' peak; None where that is not known.
+    self._at_best = peak and cost.train_flops(model, plan.data.image_size) / peak
     self._seconds = 0.0
     self._since: float | None = None
 
@@ -264,11 +275,16 @@ class _Clock:
       self._seconds += time.perf_counter() - self._since
       self._since = None
 
-  def steps_per_second(self) -> float:
-    """Over the steps since it was last asked; 0 if there was none."""
-    speed = self.steps / self._seconds if self.steps else 0.0
+  def speed(self) -> dict[str, float]:
+    """`images_per_second` over the steps since it was last asked; 0 if there was none.
+
+    And `mfu`, model FLOPs utilisation: the share of the devices' bfloat16 peak that the network's
+    own operations are, where the peak is known.
+    """
+    speed = self._batch_size * self.steps / self._seconds if self.steps else 0.0
     self.steps, self._seconds = 0, 0.0
-    return speed
+    mfu = {} if self._at_best is None else {'mfu': speed * self._at_best}
+    return {'images_per_second': speed} | mfu
 
 
 class _Trace:

@@ -41,14 +41,14 @@ def train_program(plan: config.Plan, device: jax.Device) -> memory.Program:
   """The training step of a run."""
   model, optimizer = create_model(**vars(plan.model)), optim.make(plan.optim)
   return memory.train_program(
-    model, optimizer, plan.data, plan.step, plan.batch_size, device, plan.model.remat
+    model, optimizer, plan.data, plan.step, plan.batch_size, [device], plan.model.remat
   )
 
 
 def eval_program(plan: config.Plan, device: jax.Device) -> memory.Program:
   """Its evaluation step, with the batch size of its training."""
   model = create_model(**vars(plan.model))
-  return memory.eval_program(model, plan.data, plan.batch_size, device)
+  return memory.eval_program(model, plan.data, plan.batch_size, [device])
 
 
 def median_seconds(

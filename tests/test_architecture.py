@@ -26,16 +26,19 @@ ALLOWED = {
   'optim': LOW | {'config'},
   'state': PARTS,
   'steps': PARTS | {'state'},
-  'checkpoint': {'errors'},
+  'files': {'errors'},
+  'bucket': {'errors', 'files'},
+  'checkpoint': {'errors', 'files'},
   'commands': {'errors'},
   'processes': {'errors'},
-  'workdir': {'errors', 'config'},
+  'workdir': {'errors', 'config', 'bucket', 'files'},
   'curves': {'errors'},
   'event_file': {'errors'},
   'report': {'errors', 'workdir', 'curves', 'event_file'},
   'run': MIDDLE,
-  'evaluate': MIDDLE | {'run'},
-  'train': MIDDLE | {'run', 'evaluate'},
+  'evaluate': MIDDLE | {'run', 'analysis'},
+  'analysis': MIDDLE | {'run', 'analysis'},
+  'train': MIDDLE | {'run', 'evaluate', 'analysis'},
 }
 # What each room may import from outside, where that is limited; the standard library always.
 OUTSIDE = {

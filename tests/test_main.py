@@ -17,6 +17,8 @@ import pytest
 
 import afi_flax
 from afi_flax import evaluate, models, optim, run, sharding, state, train
+from afi_flax.analysis import cost
+from afi_flax.analysis import devices as hardware
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 from configs import digits_afi_resnet20 as digits_config
@@ -275,6 +277,27 @@ def test_batch_and_devices(tmp_path):
   config.batch_size = 100
   with pytest.raises(UserError, match='100 is not divisible by 8 devices; use 96 or 104'):
     train.train(config, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit(tmp_path, monkeypatch):
+  monkeypatch.setattr(hardware, 'memory_bytes', lambda devices: 2**20)
+  with pytest.raises(UserError, match=r'each device, which has 1; use --config.micro_batches=2 or'):
+    train.train(digits_config.get_config('smoke'), tmp_path)
+  assert not Workdir(tmp_path).read_metrics()
+
+
+@pytest.mark.slow
+def test_utilisation_of_devices_whose_peak_is_known(tmp_path, monkeypatch):
+  monkeypatch.setattr(hardware, 'peak_flops', lambda devices: 1e10)
+  train.train(digits_config.get_config('smoke'), tmp_path)
+  model = models.create_model('afi_resnet20', 10)
+  for record in Workdir(tmp_path).read_metrics():
+    if record['split'] == 'train':
+      at_best = cost.train_flops(model, 32) / 1e10
+      assert record['mfu'] == pytest.approx(record['images_per_second'] * at_best)
+    else:
+      assert 'mfu' not in record
 
 
 @pytest.mark.slow

@@ -130,11 +130,14 @@ class TestPlainLines:
     reporter.progress(1)
     clock.now += 60
     reporter.progress(600)
-    reporter.train(record(600, loss=12.345, top1=1.0, images_per_second=54321.0), 0.000123)
+    one = record(600, loss=12.345, top1=1.0, images_per_second=54321.0)
+    reporter.train(one, 0.000123)
+    reporter.train(one | {'mfu': 0.314}, 0.000123)
     reporter.evaluation(record(600, 'train[98%:]', loss=12.3, top1=1.0, top5=1.0, examples=50000))
     reporter.close()
     lines = capsys.readouterr().err.splitlines()
-    assert '25:01:30 left' in lines[0]
+    assert '54,320 pictures/s  25:01:30 left' in lines[0]
+    assert '54,320/s, MFU 31%  25:01:30 left' in lines[1]
     assert max(map(len, lines)) <= 100
 
   def test_a_long_evaluation_tells_once_a_minute(self, capsys, clock):

@@ -103,6 +103,15 @@ def total(layers: Iterable[Layer]) -> Cost:
   return sum((layer.cost for layer in layers), Cost())
 
 
+def train_flops(model: nn.Module, image_size: int) -> int:
+  """Floating-point operations of the network for one training picture, as utilisation counts them.
+
+  Two for each multiply-accumulate, once forward and twice for the gradients; not what is computed
+  again to save memory.
+  """
+  return 6 * total(count(model, image_size)).macs
+
+
 def stages(layers: Sequence[Layer]) -> list[Stage]:
   """The layers by stage: stem, stage1, stage2, ..., head."""
   groups = collections.defaultdict(list)

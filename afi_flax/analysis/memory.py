@@ -1,5 +1,9 @@
-"""Memory of a run's steps, by XLA's own account, before any array is made."""
+"""Steps of a run, compiled from shapes alone: their memory and sums over devices, as XLA has it."""
 
+import collections
+import math
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,12 +11,15 @@ import optax
 from flax import linen as nn
 
 from afi_flax import config, sharding, state, steps
+from afi_flax.analysis import devices as hardware
+from afi_flax.errors import UserError
 
 MIB = 2**20
+EVAL_CURE = 'use a smaller --config.eval_batch_size'
 
 
 class Program(NamedTuple):
-  """A step of a run, ready to be lowered for one device."""
+  """A step of a run, ready to be lowered."""
 
   step: jax.stages.Wrapped
   arguments: tuple  # shapes, dtypes and shardings
@@ -28,21 +35,21 @@ def train_program(
   data: config.Data,
   how: config.Step,
   batch_size: int,
-  device: jax.Device,
+  devices: Sequence[jax.Device],
   remat: str = 'none',
 ) -> Program:
-  """A training step on one device, as `afi_flax.train` makes it.
+  """A training step, as `afi_flax.train` makes it.
 
   Args:
     model: made with this `remat`.
     optimizer: its state is part of the arguments.
     data: normalisation and picture size.
-    how: as in the run's plan; parts of a batch are those of this device alone.
-    batch_size: B.
-    device: what to compile for; of a topology that is not there, too.
+    how: as in the run's plan.
+    batch_size: B, over all devices.
+    devices: what to compile for; of a topology that is not there, too.
     remat: `model.remat` of the config.
   """
-  mesh = sharding.make_mesh([device])
+  mesh = sharding.make_mesh(devices)
   step = steps.jit_train_step(model, optimizer, data, how, sharding.replicated(mesh), remat)
   regularisation = how.regularisation
   ema = regularisation.ema_decay > 0
@@ -54,10 +61,10 @@ def train_program(
 
 
 def eval_program(
-  model: nn.Module, data: config.Data, batch_size: int, device: jax.Device
+  model: nn.Module, data: config.Data, batch_size: int, devices: Sequence[jax.Device]
 ) -> Program:
-  """An evaluation step on one device, likewise."""
-  mesh = sharding.make_mesh([device])
+  """An evaluation step, likewise."""
+  mesh = sharding.make_mesh(devices)
   step = jax.jit(steps.make_eval_step(model, data), out_shardings=sharding.replicated(mesh))
   now = state.abstract(model, optax.identity(), data.image_size, sharding.replicated(mesh))
   batch = _batch(data.eval_image_size, batch_size, mesh, mask='float32')
@@ -74,6 +81,91 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   sizes = compiled.memory_analysis()
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def check_fits(compiled: jax.stages.Compiled, devices: Sequence[jax.Device], cure: str) -> str:
+  """Says what a program needs of its device's memory, or that it has too little.
+
+  Args:
+    compiled: for these devices.
+    devices: equal ones; what they have may be unknown, and then nothing is checked.
+    cure: for the error.
+
+  Returns:
+    '5,696 of 16,384 MiB'; without the second number where that is not known.
+
+  Raises:
+    UserError: it needs more than there is.
+  """
+  needed, there = peak_bytes(compiled), hardware.memory_bytes(devices)
+  if there is None:
+    return f'{needed / MIB:,.0f} MiB'
+  if needed > there:
+    raise UserError(
+      f'the step needs {needed / MIB:,.0f} MiB of memory on each device, which has '
+      f'{there / MIB:,.0f}; {cure}'
+    )
+  return f'{needed / MIB:,.0f} of {there / MIB:,.0f} MiB'
+
+
+def compile_or_explain(lowered: jax.stages.Lowered, cure: str) -> jax.stages.Compiled:
+  """Compiles a step.
+
+  Raises:
+    UserError: the compiler, as a TPU's does, finds by itself that memory is too small.
+  """
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = re.search(r'Used (\S+) of (\S+) ', str(error))
+    what = (
+      f'needs {reason[1]} of the {reason[2]}' if reason else 'needs more memory than the device'
+    )
+    raise UserError(f'the step {what} of a device; {cure}') from error
+
+
+def train_cure(batch_size: int) -> str:
+  """What to do where a training step of so many pictures a device does not fit."""
+  options = ['--config.model.remat=block', '--config.model.dtype=bfloat16', 'a smaller batch_size']
+  if batch_size > 1:
+    parts = next(n for n in range(2, batch_size + 1) if batch_size % n == 0)
+    options = [f'--config.micro_batches={parts} or more', *options]
+  return 'use ' + ', '.join(options)
+
+
+class Collectives(NamedTuple):
+  """Operations of one kind between devices in one run of a program."""
+
+  number: int
+  bytes: int  # of their results on each device
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, Collectives]:
+  """{'all-reduce': ...}: what a compiled program exchanges between devices.
+
+  Read from its text, in which an operation that goes on in the background has a start and a done.
+  """
+  found = collections.defaultdict(list)
+  for shape, kind in _COLLECTIVE.findall(compiled.as_text()):
+    found[kind].append(_shape_bytes(shape))
+  return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
+
+
+# '%x = (f32[64]{0:T(128)}, f32[]) all-reduce(': the shapes of the result and the kind.
+_COLLECTIVE = re.compile(
+  r' = (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+)
+_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+
+
+def _shape_bytes(shape: str) -> int:
+  """Bytes of the arrays in 'f32[64,3]{1,0}' or '(f32[64], bf16[2,2])'."""
+  total = 0
+  for _, bits, sizes in _ARRAY.findall(shape):
+    total += math.prod(int(n) for n in sizes.split(',') if n) * max(int(bits or 8) // 8, 1)
+  return total
 
 
 def _batch(size: int, batch_size: int, mesh: jax.sharding.Mesh, **more: str) -> steps.Batch:

@@ -105,9 +105,9 @@ def compare_memory() -> list[dict[str, Any]]:
   for name in MEMORY:
     model = create_model(name)
     training = memory.train_program(
-      model, optax.sgd(0.1, 0.9), _PICTURES, config.Step(), 64, device
+      model, optax.sgd(0.1, 0.9), _PICTURES, config.Step(), 64, [device]
     )
-    testing = memory.eval_program(model, _PICTURES, 64, device)
+    testing = memory.eval_program(model, _PICTURES, 64, [device])
     peaks[name] = [
       memory.peak_bytes(program.lower().compile()) / memory.MIB for program in (training, testing)
     ]

@@ -53,6 +53,18 @@ def write_json(rows: Sequence[Row], path: str) -> None:
     file.write('\n')
 
 
+def read_json(path: str) -> list[dict[str, Any]]:
+  """What `write_json` wrote; UserError where a file holds something else."""
+  try:
+    with open(path) as file:
+      rows = json.load(file)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+      raise ValueError('not a list of objects')
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read: {error}; give another file') from error
+  return rows
+
+
 def write_csv(rows: Sequence[Row], path: str) -> None:
   """A header with the keys of all rows, and one line a row; nothing for a key it does not have."""
   keys = list(dict.fromkeys(key for row in rows for key in row))

@@ -1,0 +1,134 @@
+"""Whether a run fits on devices that are not there, and what it would do on them.
+
+The programs are those that `afi_flax.train` runs, compiled ahead of time by the compiler of the
+devices: for TPUs that is libtpu's, which needs no TPU.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from afi_flax import config, optim
+from afi_flax.analysis import cost, memory
+from afi_flax.analysis import devices as hardware
+from afi_flax.errors import UserError
+from afi_flax.models import create_model
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of one program, of each device where nothing else is said."""
+
+  peak: int  # bytes of memory
+  seconds: float  # to compile
+  accessed: float  # bytes read and written in memory, as the compiler counts them
+  collectives: dict[str, memory.Collectives]
+
+
+def find_devices(topology: str) -> Sequence[jax.Device]:
+  """The devices of a TPU topology, such as v5e:4x8, that need not be there; '': this machine's.
+
+  Call it before anything else starts JAX's devices: with a topology, JAX itself computes on the
+  CPU.
+
+  Raises:
+    UserError: libtpu is not installed, in use by another process, or knows no such topology.
+  """
+  if not topology:
+    return jax.devices()
+  # libtpu asks for the machine it is on, which is none of its own.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  jax.config.update('jax_platforms', 'cpu')
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  except Exception as error:  # libtpu raises what it likes
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'--topology {topology!r} cannot be compiled for ({reason}); it needs a shape such as '
+      "v5e:4x8 or v4:2x2x1, `pip install 'jax[tpu]'`, and no other process that uses libtpu"
+    ) from error
+
+
+def compile_step(plan: config.Plan, devices: Sequence[jax.Device], training: bool) -> Compiled:
+  """Compiles a run's training or evaluation step.
+
+  Args:
+    plan: resolved for this number of devices.
+    devices: what to compile for.
+    training: False: the evaluation step.
+
+  Raises:
+    UserError: the compiler finds that the step does not fit in the devices' memory.
+  """
+  model = create_model(**vars(plan.model))
+  if training:
+    optimizer, remat = optim.make(plan.optim), plan.model.remat
+    program = memory.train_program(
+      model, optimizer, plan.data, plan.step, plan.batch_size, devices, remat
+    )
+  else:
+    batch = -(-plan.eval_batch_size // len(devices)) * len(devices)
+    program = memory.eval_program(model, plan.data, batch, devices)
+  lowered = program.lower()
+  start = time.perf_counter()
+  cure = memory.train_cure(plan.batch_size // len(devices)) if training else memory.EVAL_CURE
+  compiled = memory.compile_or_explain(lowered, cure)
+  seconds = time.perf_counter() - start
+  return Compiled(
+    peak=memory.peak_bytes(compiled),
+    seconds=seconds,
+    accessed=(compiled.cost_analysis() or {}).get('bytes accessed', 0.0),
+    collectives=memory.collectives(compiled),
+  )
+
+
+def row(
+  plan: config.Plan,
+  devices: Sequence[jax.Device],
+  training: Compiled,
+  evaluation: Compiled,
+  **about: Any,
+) -> Row:
+  """One line of figures: `about`, then numbers in MiB, seconds and 1e9 FLOPs."""
+  there = hardware.memory_bytes(devices)
+  flops = cost.train_flops(create_model(**vars(plan.model)), plan.data.image_size)
+  sums = training.collectives.get('all-reduce', memory.Collectives(0, 0))
+  others = {k: v.number for k, v in training.collectives.items() if k != 'all-reduce'}
+  return {
+    **about,
+    'network': plan.model.name,
+    'dtype': plan.model.dtype,
+    'image_size': plan.data.image_size,
+    'chips': hardware.count_chips(devices),
+    'devices': len(devices),
+    'batch_per_chip': plan.batch_size // hardware.count_chips(devices),
+    'peak_mib': round(training.peak / memory.MIB, 1),
+    'hbm_mib': there and there // memory.MIB,
+    'all_reduces': sums.number,
+    'all_reduce_mib': round(sums.bytes / memory.MIB, 2),
+    'other_collectives': others,
+    'gflops_per_step': round(flops * plan.batch_size / 1e9, 1),
+    'accessed_mib': round(training.accessed / memory.MIB),
+    'compile_s': round(training.seconds, 1),
+    'eval_peak_mib': round(evaluation.peak / memory.MIB, 1),
+    'eval_compile_s': round(evaluation.seconds, 1),
+    'jax': jax.__version__,
+    'libtpu': _version('libtpu') if devices[0].platform == 'tpu' else None,
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None

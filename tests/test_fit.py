@@ -1,0 +1,67 @@
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = '--config=configs/digits_afi_resnet20.py:smoke'
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, '-m', 'afi_flax.fit', *arguments]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_row_takes_the_place_of_one_of_the_same_run(tmp_path):
+  rows = tmp_path / 'rows.json'
+  rows.write_text('[{"config": "another"}]')
+  for size in (8, 16, 16):
+    result = run(CONFIG, f'--config.batch_size={size}', f'--json={rows}')
+    assert result.returncode == 0, result.stderr
+  other, small, large = json.loads(rows.read_text())
+  assert other == {'config': 'another'}
+  assert (small['batch_per_chip'], large['batch_per_chip']) == (8, 16)
+  assert large['gflops_per_step'] == pytest.approx(2 * small['gflops_per_step'], abs=0.2)
+  assert small['gflops_per_step'] > 0
+  assert 0 < small['peak_mib'] < large['peak_mib'] < large['hbm_mib']
+  assert small['all_reduces'] == 0
+  assert f'{round(large["peak_mib"]):,}' in result.stdout
+
+
+@pytest.mark.slow
+def test_what_no_device_has(tmp_path):
+  result = run(CONFIG, '--config.data.image_size=4096', '--config.data.eval_resize=4096')
+  assert result.returncode == 2
+  assert 'training' in result.stdout
+  assert result.stderr.startswith('error: it does not fit; use --config.micro_batches=2 or more')
+
+
+def test_mistakes(tmp_path):
+  result = run()
+  assert (result.returncode, result.stderr[:19]) == (2, 'error: no --config;')
+  (tmp_path / 'rows.json').write_text('{}')
+  result = run(CONFIG, f'--json={tmp_path}/rows.json')
+  assert result.returncode == 2
+  assert 'rows.json cannot be read: not a list of objects' in result.stderr
+
+
+@pytest.mark.slow
+def test_a_topology_that_there_is_not():
+  result = run(CONFIG, '--topology=v5e:3x5')
+  assert result.returncode == 2
+  assert "--topology 'v5e:3x5' cannot be compiled for" in result.stderr
+  assert 'v5e:4x8' in result.stderr
+
+
+@pytest.mark.slow
+def test_a_topology_that_is_not_there(tmp_path):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip("needs libtpu: pip install 'jax[tpu]'")
+  rows = tmp_path / 'rows.json'
+  result = run(CONFIG, '--topology=v5e:2x2', f'--json={rows}')
+  assert result.returncode == 0, result.stderr
+  (row,) = json.loads(rows.read_text())
+  assert (row['chips'], row['hbm_mib']) == (4, 16384)
+  assert row['all_reduces'] > 0
