@@ -58,6 +58,7 @@ class Data:
   color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
   lighting: float = 0.0
   antialias: bool = True  # of random_resized_crop_flip
+  eval_dataset: str = ''  # what is evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +195,21 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
 def _measure(data: ml_collections.ConfigDict) -> Dataset:
   info = sources.describe(data.dataset, data.data_dir)
   train, first, last = sources.split_range(data.train_split, info)
-  held, start, stop = sources.split_range(data.eval_split, info)
-  if train == held and max(first, start) < min(last, stop):
+  eval_info = sources.describe(_eval_dataset(data), data.data_dir)
+  held, start, stop = sources.split_range(data.eval_split, eval_info)
+  same = eval_info.name == info.name
+  if same and train == held and max(first, start) < min(last, stop):
     raise UserError(
       f'data.eval_split {data.eval_split!r} overlaps data.train_split {data.train_split!r} in '
       f'{min(last, stop) - max(first, start)} examples; use parts such as train[:98%], train[98%:]'
     )
-  if data.eval_split == 'train':
+  if same and data.eval_split == 'train':
     raise UserError("data.eval_split 'train' would be taken for training; name it train[:100%]")
   return Dataset(info.name, info.class_names, last - first, stop - start)
+
+
+def _eval_dataset(data: ml_collections.ConfigDict) -> str:
+  return data.get('eval_dataset', '') or data.dataset  # runs made before this key have none
 
 
 def _check_batch(batch: int, device_count: int, num_train: int) -> None:
@@ -284,6 +291,7 @@ def _data(data: ml_collections.ConfigDict) -> Data:
   derived = {
     'eval_resize': data.eval_resize or eval_size,
     'eval_image_size': eval_size,
+    'eval_dataset': _eval_dataset(data),
     'mean': tuple(data.mean),
     'std': tuple(data.std),
   }

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from afi_flax import metrics, report, run, sharding, steps
+from afi_flax.analysis import memory
 from afi_flax.config import Plan
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
@@ -24,16 +25,18 @@ class Evaluator:
   """Evaluates variables of one model on one split, as often as asked.
 
   Attributes:
-    split: what is evaluated, as the config names it.
+    split: what is evaluated, as the config names it; with its data set where that is another than
+      the one trained on.
   """
 
   def __init__(self, plan: Plan, model: nn.Module, mesh: Mesh):
     """Opens the split; UserError where it cannot be read."""
-    self.split = plan.data.eval_split
+    data = plan.data
+    self.split = _split_name(data.dataset, data.eval_dataset, data.eval_split)
     self._plan, self._mesh = plan, mesh
-    self._source = sources.open_split(plan.data.dataset, plan.data.data_dir, self.split)
+    self._source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
     self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
-    self._check_classes(sources.describe(plan.data.dataset, plan.data.data_dir).class_names)
+    self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
     self._host_batches().close()  # a size that does not go with the pictures shows now
     self._step = jax.jit(
       steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
@@ -64,7 +67,9 @@ class Evaluator:
       for done, batch in enumerate(batches, start=1):
         if self._compiled is None:
           before = time.perf_counter()
-          self._compiled = self._step.lower(variables, batch).compile()
+          lowered = self._step.lower(variables, batch)
+          self._compiled = memory.compile_or_explain(lowered, memory.EVAL_CURE)
+          memory.check_fits(self._compiled, self._mesh.local_devices, memory.EVAL_CURE)
           start += time.perf_counter() - before
         parts.append(self._compiled(variables, batch))
         if len(parts) > 2:  # not further ahead of the device than the bar should be
@@ -105,6 +110,10 @@ class Evaluator:
     return sharding.put_batch(batch, self._mesh)
 
 
+def _split_name(trained_on: str, dataset: str, split: str) -> str:
+  return split if dataset == trained_on else f'{dataset} {split}'
+
+
 def evaluate_run(
   workdir: str, checkpoint: str = 'last', config: ml_collections.ConfigDict | None = None
 ) -> dict:
@@ -116,17 +125,21 @@ def evaluate_run(
     config: as for `run.load_run`.
 
   Returns:
-    As an Evaluator, and `step`; with `picked_on` where the checkpoint is the best on this very
-    split, which makes its accuracy optimistic.
+    As an Evaluator, and `step`; with `picked_on` where the checkpoint is the best on these very
+    pictures, which makes its accuracy optimistic.
   """
   mesh = sharding.make_mesh()
   loaded = run.load_run(workdir, checkpoint, config, mesh)
-  own_split = Workdir(workdir).read_config()['data']['eval_split']
+  data, stored = loaded.plan.data, Workdir(workdir).read_config()['data']
+  own_dataset = stored.get('eval_dataset') or stored['dataset']
+  own_split = _split_name(stored['dataset'], own_dataset, stored['eval_split'])
+  # imagenet2012_real has the pictures of imagenet2012.
+  datasets = {name.removesuffix('_real') for name in (data.eval_dataset, own_dataset)}
+  picked = checkpoint == 'best' and len(datasets) == 1 and data.eval_split == stored['eval_split']
   evaluator = Evaluator(loaded.plan, loaded.model, mesh)
   console = report.Console(jax.process_index() == 0)
   try:
     record = evaluator(loaded.variables, console.evaluating)
   finally:
     console.close()
-  picked = checkpoint == 'best' and evaluator.split == own_split
   return {'step': loaded.step} | record | ({'picked_on': own_split} if picked else {})

@@ -25,6 +25,25 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def any_label_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """-log of the probability that the class is one of an example's labels, in nats.
+
+  >>> import jax.numpy as jnp
+  >>> any_label_cross_entropy(jnp.zeros([1, 4]), jnp.array([[2, 0, -1]])).round(4)
+  Array([0.6931], dtype=float32)
+
+  Args:
+    logits: [B,K].
+    labels: i32 [B,L], different ones in [0, K), padded with -1.
+
+  Returns:
+    f32 [B]; inf without a label.
+  """
+  logits = logits.astype('float32')
+  own = jnp.where(labels >= 0, jnp.take_along_axis(logits, labels, axis=-1), -jnp.inf)
+  return jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(own, axis=-1)
+
+
 def binary_cross_entropy(
   logits: jax.Array, targets: jax.Array, threshold: float = 0.0
 ) -> jax.Array:

@@ -28,7 +28,8 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
 
   Args:
     logits: f32 [B,K].
-    labels: i32 [B].
+    labels: i32 [B]; or i32 [B,L], padded with -1, any of which is right. Top-1 is then ReaL's
+      accuracy, and top-5 whether any of the five classes is right, which ReaL does not report.
     losses: f32 [B].
     mask: [B], 1 or 0.
 
@@ -36,7 +37,7 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
     `loss` f32, and i32 counts: `top1` and `top5` (top-min(5, K)) hits, `examples`.
   """
   mask = mask > 0
-  rank = label_rank(logits, labels)
+  rank = label_rank(logits, labels) if labels.ndim == 1 else _best_rank(logits, labels)
   return {
     'loss': jnp.where(mask, losses, 0).sum(),
     'top1': _count(mask & (rank < 1)),
@@ -66,6 +67,12 @@ def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
   own = jnp.take_along_axis(logits, label, axis=-1)
   after = (logits < own) | ((logits == own) & (classes >= label))
   return (~after).sum(axis=-1, dtype='int32')
+
+
+def _best_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """`label_rank` of the best of the labels i32 [B,L]: i32 [B], K without a label."""
+  ranks = jax.vmap(label_rank, in_axes=(None, 1), out_axes=1)(logits, labels)
+  return jnp.where(labels >= 0, ranks, logits.shape[-1]).min(axis=-1)
 
 
 def means(parts: Iterable[Sums]) -> dict[str, float | int]:

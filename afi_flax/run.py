@@ -82,7 +82,8 @@ def load_run(
   stored = folder.read_config()
   if config is not None:
     folder.check_config(
-      config.to_dict(), (*config_lib.MAY_DIFFER, 'data.eval_split', 'eval_batch_size')
+      config.to_dict(),
+      (*config_lib.MAY_DIFFER, 'data.eval_dataset', 'data.eval_split', 'eval_batch_size'),
     )
   config = config or ml_collections.ConfigDict(stored)
   dataset = folder.read_dataset()

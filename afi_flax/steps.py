@@ -160,12 +160,16 @@ def compiler_options(remat: str, device: jax.Device) -> dict[str, str] | None:
 
 
 def make_eval_step(model: nn.Module, data: config.Data) -> Callable[[dict, Batch], metrics.Sums]:
-  """(variables, {'image', 'label', 'mask' f32 [B]}) -> sums over the examples whose mask is 1."""
+  """(variables, {'image', 'label', 'mask' f32 [B]}) -> sums over the examples whose mask is 1.
+
+  The label is i32 [B], or i32 [B,L] where an example has any number of them, padded with -1.
+  """
 
   def eval_step(variables: dict, batch: Batch) -> metrics.Sums:
     images = preprocess.normalise(batch['image'], data.mean, data.std)
     logits = model.apply(variables, images, train=False)
-    per_example = losses.cross_entropy(logits, batch['label'])
+    loss = losses.cross_entropy if batch['label'].ndim == 1 else losses.any_label_cross_entropy
+    per_example = loss(logits, batch['label'])
     return metrics.sums(logits, batch['label'], per_example, batch['mask'])
 
   return eval_step

@@ -30,6 +30,7 @@ def base() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = ''  # digits, cifar10, cifar100, imagenet2012, image_folder, fake_...
+  config.data.eval_dataset = ''  # '': dataset; or imagenet_v2, imagenet2012_real, image_folder, ...
   config.data.data_dir = ''  # where its files are; '': TFDS's own default
   config.data.train_split = 'train'  # a part of it, for a hold-out: train[:98%]
   config.data.eval_split = 'test'  # what is evaluated: test, validation, train[98%:]

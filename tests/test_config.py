@@ -164,6 +164,7 @@ def test_a_config_from_before_there_was_regularisation():
   assert plan.step == config_lib.Step()
   with config.unlocked():
     del config.loss, config.ema_decay, config.model.drop_path, config.optimizer.decay_vectors
+    del config.data.eval_dataset
     for key in ('eval_image_size', 'auto_augment', 'color_jitter', 'lighting', 'mixup', 'cutmix'):
       del config.data[key]
     del config.data.erasing
@@ -195,6 +196,15 @@ def test_evaluates_at_the_end_and_not_just_before(every, batch):
   steps = [n for n in range(plan.run.stop_step + 1) if plan.run.evaluates_at(n)]
   assert len(steps) == min(-(-7 // every), plan.run.stop_step)
   assert steps[-1] == plan.run.stop_step == plan.optim.total_steps
+
+
+def test_splits_of_two_data_sets_do_not_overlap():
+  config = load('imagenet_afi_resnet50')
+  assert resolve(config).data.eval_dataset == 'imagenet2012'
+  config.data.eval_dataset, config.data.eval_split = 'fake_imagenet', 'train[:50]'
+  plan = resolve(config)
+  assert plan.data.eval_dataset == 'fake_imagenet'
+  assert (plan.dataset.name, plan.dataset.num_eval) == ('imagenet2012', 50)
 
 
 def test_hold_out():
@@ -265,6 +275,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('data.dataset', 'cifar101', "did you mean 'cifar10"),
     ('data.augment', 'flip', 'unknown data.augment'),
     ('data.antialias', False, 'data.antialias False has no meaning'),
+    ('data.eval_dataset', 'cifar11', "did you mean 'cifar1"),
     ('data.eval_split', 'tset', 'tset'),
     ('data.eval_split', 'train[:1%]', 'overlaps data.train_split .train. in 500 examples'),
     ('data.eval_resize', 16, 'data.eval_resize 16'),

@@ -32,9 +32,17 @@ class Pictures:
     with open(self.name(i), 'rb') as file:
       return file.read(), int(self.labels[i])
 
+  def read_named(self, i: int) -> tuple[bytes, str]:
+    """Bytes of picture i and its file's name; OSError as `read`."""
+    return self.read(i)[0], os.path.basename(self.name(i))
+
   def name(self, i: int) -> str:
     """The file of picture i."""
     return os.path.join(self.root, os.fsdecode(self.paths[i]))
+
+  def part(self, start: int, stop: int) -> 'Pictures':
+    """Pictures `start` to `stop`."""
+    return Pictures(self.root, self.paths[start:stop], self.labels[start:stop])
 
 
 def describe(data_dir: str) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -45,7 +53,7 @@ def describe(data_dir: str) -> tuple[dict[str, int], tuple[str, ...]]:
   """
   splits = _splits(data_dir)
   classes = _class_names(splits)
-  listed = {name: _list_pictures(folder, classes) for name, folder in splits.items()}
+  listed = {name: list_pictures(folder, classes) for name, folder in splits.items()}
   first = next(iter(splits))
   counts = np.bincount(listed[first].labels, minlength=len(classes))
   if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
@@ -71,8 +79,7 @@ def open_split(
   data_dir: str, class_names: tuple[str, ...], split: str, start: int, stop: int
 ) -> Pictures:
   """Pictures `start` to `stop` of a split; the label of one is its class's place in class_names."""
-  whole = _list_pictures(_splits(data_dir)[split], class_names)
-  return Pictures(whole.root, whole.paths[start:stop], whole.labels[start:stop])
+  return list_pictures(_splits(data_dir)[split], class_names).part(start, stop)
 
 
 def _splits(data_dir: str) -> dict[str, pathlib.Path]:
@@ -112,9 +119,15 @@ def _class_names(splits: dict[str, pathlib.Path]) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=8)  # a big folder on a network disk takes a while to list
-def _list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
-  """All pictures of a split. The order is shuffled by a hash of the names, so that any part of
-  the split ('train[:80%]') has pictures of all classes, and new files hardly move old ones."""
+def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
+  """All pictures in class folders; the label of one is its class's place in `classes`.
+
+  The order is shuffled by a hash of the names, so that any part of a split ('train[:80%]') has
+  pictures of all classes, and new files hardly move old ones.
+
+  Raises:
+    UserError: there is none.
+  """
   paths, labels = [], []
   for label, name in enumerate(classes):
     for parent, folders, files in os.walk(folder / name):

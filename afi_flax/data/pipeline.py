@@ -24,7 +24,7 @@ from absl import flags, logging
 
 from afi_flax import random_draws
 from afi_flax.data import augment as augment_lib
-from afi_flax.data import decode, distort, sources
+from afi_flax.data import decode, distort, imagenet, sources
 from afi_flax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -77,6 +77,11 @@ def train_batches(
     UserError: at once for arguments that do not fit; while iterating, past max_unreadable.
   """
   share = _share(batch_size, process_count)
+  if isinstance(source, imagenet.RealLabels):
+    raise UserError(
+      'imagenet2012_real has several labels a picture, to evaluate with; train on imagenet2012 and '
+      'give it as data.eval_dataset'
+    )
   known = augment_lib.IN_MEMORY if _in_memory(source) else augment_lib.ENCODED
   if augment not in known:
     kind = 'a set decoded in memory' if _in_memory(source) else 'encoded pictures'
@@ -121,7 +126,8 @@ def eval_batches(
 
   Returns:
     Iterator of {'image' u8 [b,S,S,3], 'label' i32 [b], 'example' i32 [b], 'mask' f32 [b]}; mask is
-    1 for a real example and 0 for padding (example -1) and for a picture that cannot be read.
+    1 for a real example and 0 for padding (example -1) and for a picture that cannot be read. Of
+    imagenet2012_real, 'label' is i32 [b,L], padded with -1, and mask 0 for pictures without one.
 
   Raises:
     UserError: as `train_batches`.
@@ -323,13 +329,19 @@ class _EvalElement:
       try:
         data, label = self.source.read(example)
         image = decode.resize_centre_crop(data, self.resize, self.image_size)
-        return _element(image, label, example, bad) | {'mask': np.float32(1)}
+        return _element(image, label, example, bad) | {'mask': np.float32(np.max(label) >= 0)}
       except (OSError, decode.UnreadableError) as e:
         bad[0] = example, _reason(e)
     else:
       example = -1
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-    return _element(image, 0, example, bad) | {'mask': np.float32(0)}
+    return _element(image, _no_label(self.source), example, bad) | {'mask': np.float32(0)}
+
+
+def _no_label(source: sources.Encoded) -> int | np.ndarray:
+  """Of what does not count, in the shape of the others."""
+  real = isinstance(source, imagenet.RealLabels)
+  return np.full(source.labels.shape[1], -1) if real else 0
 
 
 def _reason(error: Exception) -> bytes:
@@ -338,7 +350,7 @@ def _reason(error: Exception) -> bytes:
   return ' '.join(text.split()).encode(errors='replace')
 
 
-def _element(image: np.ndarray, label: int, example: int, bad: np.ndarray) -> Batch:
+def _element(image: np.ndarray, label: int | np.ndarray, example: int, bad: np.ndarray) -> Batch:
   return {'image': image, 'label': np.int32(label), 'example': np.int32(example), 'bad': bad}
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import shutil
 import tarfile
 import urllib.request
 
@@ -25,6 +26,7 @@ _ARCHIVES = {
   'cifar100': (_CIFAR_URL, ('cifar-100-binary.tar.gz',)),
   'imagenet2012': (_IMAGENET_URL, ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')),
 }
+_OPTIONAL = {'imagenet2012': ('ILSVRC2012_img_test.tar',)}  # TFDS takes it too where it is there
 _PROBE_SECONDS = 5
 
 
@@ -40,7 +42,7 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
     One line that says what is there now.
 
   Raises:
-    UserError: what is missing, and where to fetch it.
+    UserError: what is missing and where to fetch it, or how much disk space.
   """
   if dataset not in sources.known_datasets():
     raise errors.unknown('data set', dataset, sources.known_datasets())
@@ -59,38 +61,60 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
       f'TFDS needs TensorFlow to prepare {dataset}; run `pip install -e '
       "'.[tensorflow]'` in the clone of this repository"
     )
-  _check_archives(dataset, root, archives)
+  _check_space(dataset, root, _space_needed(dataset, root, archives))
   _build(dataset, root, archives)
   info = sources.describe(dataset, data_dir)
   sizes = ', '.join(f'{n} {split}' for split, n in info.num_examples.items())
   return f'prepared {dataset} in {array_records.find_prepared(dataset, data_dir)}: {sizes} examples'
 
 
-def _check_archives(dataset: str, root: pathlib.Path, archives: str) -> None:
-  """Raises where neither the archives nor a way to download them are there."""
+def _space_needed(dataset: str, root: pathlib.Path, archives: str) -> int:
+  """Bytes that preparing will write, at most; raises where the archives cannot be had.
+
+  The records take less than the archives that they are read from, in which every picture has a
+  header and padding: 0.96 of them for ImageNet pictures, 0.85 for CIFAR-100. TFDS shuffles through
+  temporary files, of which each goes before its records come, so they take no space besides. What
+  is downloaded stays.
+  """
   url, names = _ARCHIVES[dataset]
   cure = (
     f'fetch {" and ".join(names)} from {url}, put into a folder A, and run '
     f'`python -m afi_flax.prepare --dataset {dataset} --data_dir {root} --archives A`'
   )
   if archives:
-    missing = [name for name in names if not (pathlib.Path(archives).expanduser() / name).is_file()]
-    if missing:
+    folder = pathlib.Path(archives).expanduser()
+    if missing := [name for name in names if not (folder / name).is_file()]:
       raise UserError(f'{archives} has no {" and no ".join(missing)}; {cure}')
-  elif dataset == 'imagenet2012':
+    found = [folder / name for name in (*names, *_OPTIONAL.get(dataset, ()))]
+    return sum(path.stat().st_size for path in found if path.is_file())
+  if dataset == 'imagenet2012':
     raise UserError(f'{dataset} cannot be downloaded without an account; {cure}')
-  elif problem := _unreachable(url + names[0]):
-    raise UserError(f'{url + names[0]} cannot be reached ({problem}); {cure}')
-
-
-def _unreachable(url: str) -> str:
-  """Why a URL cannot be fetched, or ''; asked once, since TFDS asks ten times before it fails."""
   try:
-    request = urllib.request.Request(url, method='HEAD')
-    with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
-      return ''
+    return 2 * _download_size(url + names[0])
   except OSError as e:  # URLError, HTTPError and timeouts are OSErrors
-    return str(getattr(e, 'reason', e))
+    problem = getattr(e, 'reason', e)
+    raise UserError(f'{url + names[0]} cannot be reached ({problem}); {cure}') from e
+
+
+def _download_size(url: str) -> int:
+  """Bytes, 0 if unknown; OSError where it cannot be reached. TFDS would try that ten times."""
+  request = urllib.request.Request(url, method='HEAD')
+  with urllib.request.urlopen(request, timeout=_PROBE_SECONDS) as response:
+    return int(response.headers.get('Content-Length') or 0)
+
+
+def _check_space(dataset: str, root: pathlib.Path, needed: int) -> None:
+  there = next(path for path in (root, *root.absolute().parents) if path.exists())
+  free = shutil.disk_usage(there).free
+  if free < needed:
+    left = ''.join(
+      f', or delete {path}, of a preparation that did not end'
+      for path in (root / dataset).glob('incomplete.*')  # what TFDS has not yet renamed
+    )
+    raise UserError(
+      f'preparing {dataset} takes up to {needed / 2**30:,.1f} GiB in {root}, where '
+      f'{free / 2**30:,.1f} GiB are free; give a folder on a larger disk by --data_dir{left}'
+    )
 
 
 def _build(dataset: str, root: pathlib.Path, archives: str) -> None:
@@ -100,17 +124,19 @@ def _build(dataset: str, root: pathlib.Path, archives: str) -> None:
   where = {'data_dir': os.fspath(root), 'file_format': 'array_record'}
   if dataset == 'imagenet2012':
     builder = tfds.builder(dataset, **where)
+    # The published sizes, with which TFDS's progress bars can say how much is left.
+    sizes = sources.describe(dataset, os.fspath(root)).num_examples
+    parts = [tfds.core.SplitInfo(name=k, shard_lengths=[n], num_bytes=0) for k, n in sizes.items()]
+    builder.info.set_splits(tfds.core.splits.SplitDict(parts))
   else:
     builder = _cifar_builder(dataset)(**where)
   manual_dir = os.fspath(pathlib.Path(archives).expanduser()) if archives else None
   config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-  # A download and imagenet2012 take long, and show how far they are; this takes a minute.
-  quiet = contextlib.nullcontext()
-  if archives and dataset != 'imagenet2012':
-    tfds.disable_progress_bar()
-    quiet = contextlib.redirect_stdout(io.StringIO())
+  # A download and imagenet2012 take long, and show how far they are; the rest takes a minute.
+  show = not archives or dataset == 'imagenet2012'
+  tfds.display_progress_bar(show)
   try:
-    with quiet:
+    with contextlib.nullcontext() if show else contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_config=config)
   except Exception as e:
     if type(e).__name__ == 'NonMatchingChecksumError':  # TFDS does not export it

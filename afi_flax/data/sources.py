@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from afi_flax import errors, random_draws
-from afi_flax.data import array_records, folders
+from afi_flax.data import array_records, folders, imagenet
 from afi_flax.errors import UserError
 
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
@@ -27,7 +27,7 @@ CIFAR100_CLASSES = """
     snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
-_SPLIT_SPEC = re.compile(r'([\w-]+)(?:\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?')
+_SPLIT_SPEC = re.compile(r'([\w.-]+)(?:\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Encoded(Protocol):
 
   def __len__(self) -> int: ...
 
-  def read(self, i: int) -> tuple[bytes, int]:
-    """Bytes of picture i and its label; OSError where the file cannot be read."""
+  def read(self, i: int) -> tuple[bytes, int | np.ndarray]:
+    """Bytes of picture i and its label (all, in imagenet2012_real); OSError if it is unreadable."""
 
   def name(self, i: int) -> str:
     """What to call picture i in a message: its file's name, or the data set's and its index."""
@@ -76,7 +76,7 @@ def known_datasets() -> list[str]:
 
 
 def describe(dataset: str, data_dir: str = '') -> DatasetInfo:
-  """Sizes and class names; needs no files, but for an image folder, which is listed.
+  """Sizes and class names; needs no files, but for an image folder. Folders are listed.
 
   Args:
     dataset: a name in `known_datasets()`.
@@ -260,11 +260,23 @@ def _describe_folder(data_dir: str) -> DatasetInfo:
   return DatasetInfo('image_folder', *folders.describe(data_dir), folders.split_cure(data_dir))
 
 
-def _imagenet_classes() -> list[str]:
-  """The 1,000 WordNet ids ('n01440764', ...), which TFDS carries; no files, no network."""
-  import tensorflow_datasets as tfds
+def _describe_v2(data_dir: str) -> DatasetInfo:
+  return DatasetInfo('imagenet_v2', imagenet.v2_sizes(data_dir), tuple(imagenet.class_names()))
 
-  return tfds.builder('imagenet2012').info.features['label'].names
+
+def _open_v2(data_dir: str, info: DatasetInfo, split: str, start: int, stop: int) -> Encoded:
+  del info
+  return imagenet.open_v2(data_dir, split, start, stop)
+
+
+def _describe_real(data_dir: str) -> DatasetInfo:
+  sizes = {'validation': imagenet.real_size(data_dir)}
+  return DatasetInfo('imagenet2012_real', sizes, tuple(imagenet.class_names()))
+
+
+def _open_real(data_dir: str, info: DatasetInfo, split: str, start: int, stop: int) -> Encoded:
+  del info, split
+  return imagenet.open_real(data_dir, start, stop)
 
 
 def _entry(dataset: str) -> _Entry:
@@ -280,8 +292,10 @@ _TABLE = {
   'cifar10': _Entry(_from_tfds('cifar10', _CIFAR_SIZES, CIFAR10_CLASSES.split), _open_in_memory),
   'cifar100': _Entry(_from_tfds('cifar100', _CIFAR_SIZES, CIFAR100_CLASSES.split), _open_in_memory),
   'imagenet2012': _Entry(
-    _from_tfds('imagenet2012', _IMAGENET_SIZES, _imagenet_classes), _open_array_records
+    _from_tfds('imagenet2012', _IMAGENET_SIZES, imagenet.class_names), _open_array_records
   ),
+  'imagenet_v2': _Entry(_describe_v2, _open_v2),
+  'imagenet2012_real': _Entry(_describe_real, _open_real),
   'image_folder': _Entry(_describe_folder, _open_folder),
   'fake_cifar': _Entry(
     _fixed('fake_cifar', {'train': 500, 'test': 100}, map(str, range(10))), _open_fake_cifar

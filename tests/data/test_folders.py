@@ -36,7 +36,7 @@ def test_a_part_of_a_folder_has_all_classes_and_new_files_move_no_others(picture
   assert len({held_out.read(i)[1] for i in range(4)}) > 1
   order = names[0] + names[1]
   shutil.copy(order[0], root / 'bee/new.jpg')
-  folders._list_pictures.cache_clear()
+  folders.list_pictures.cache_clear()
   more = open_split(root)
   renewed = [more.name(i) for i in range(22)]
   assert [name for name in renewed if 'new' not in name] == order
@@ -63,7 +63,7 @@ def test_a_class_may_be_called_train(picture_folder):
 
 def test_mistakes(picture_folder, tmp_path):
   def message(folder) -> str:
-    folders._list_pictures.cache_clear()
+    folders.list_pictures.cache_clear()
     with pytest.raises(UserError) as e:
       folders.describe(str(folder))
     assert '\n' not in str(e.value)

@@ -6,6 +6,7 @@ import socket
 import tarfile
 import threading
 import time
+import types
 
 import pytest
 
@@ -36,10 +37,64 @@ def test_cifar_by_download(tmp_path, tiny_archives, monkeypatch):
     url = f'http://127.0.0.1:{server.server_port}/'
     names = prepare._ARCHIVES['cifar100'][1]
     monkeypatch.setitem(prepare._ARCHIVES, 'cifar100', (url, names))
+    with monkeypatch.context() as small_disk:  # which holds either the archive or what it becomes
+      free_space(small_disk, 2 * (tiny_archives / names[0]).stat().st_size - 1)
+      with pytest.raises(UserError, match=r'preparing cifar100 takes up to .* by --data_dir'):
+        prepare.prepare('cifar100', str(tmp_path))
+      assert not list(tmp_path.iterdir())
     message = prepare.prepare('cifar100', str(tmp_path))
     server.shutdown()
   assert message.endswith('60 train, 20 test examples')
   assert len(sources.open_split('cifar100', str(tmp_path), 'train')) == 60
+
+
+def free_space(monkeypatch, size: int) -> list[pathlib.Path]:
+  """Makes every disk have so many bytes free; the folders that are asked for."""
+  asked = []
+
+  def usage(folder):
+    asked.append(pathlib.Path(folder))
+    return types.SimpleNamespace(free=size)
+
+  monkeypatch.setattr(prepare.shutil, 'disk_usage', usage)
+  return asked
+
+
+@pytest.mark.parametrize('with_test_set', [False, True])
+def test_too_small_a_disk_is_said_before_anything_is_written(
+  tmp_path, monkeypatch, with_tensorflow, with_test_set
+):
+  sizes = {'train': 138, 'val': 6, 'test': 13} if with_test_set else {'train': 138, 'val': 6}
+  for split, size in sizes.items():
+    with (tmp_path / f'ILSVRC2012_img_{split}.tar').open('wb') as tar:
+      tar.truncate(size << 30)  # takes no space
+  needed = sum(sizes.values()) << 30
+  asked = free_space(monkeypatch, needed - (1 << 30))
+  with pytest.raises(UserError) as e:
+    prepare.prepare('imagenet2012', f'{tmp_path}/new/tfds', str(tmp_path))
+  assert str(e.value) == (
+    f'preparing imagenet2012 takes up to {needed >> 30}.0 GiB in {tmp_path}/new/tfds, where '
+    f'{(needed >> 30) - 1}.0 GiB are free; give a folder on a larger disk by --data_dir'
+  )
+  assert asked == [tmp_path]
+  assert not (tmp_path / 'new').exists()
+  free_space(monkeypatch, needed)
+  built = []
+  monkeypatch.setattr(prepare, '_build', lambda *arguments: built.append(arguments))
+  prepare.prepare('imagenet2012', f'{tmp_path}/new/tfds', str(tmp_path))
+  assert built == [('imagenet2012', tmp_path / 'new/tfds', str(tmp_path))]
+
+
+def test_a_cifar_takes_its_archives_size(tmp_path, tiny_archives, monkeypatch):
+  size = (tiny_archives / 'cifar-100-binary.tar.gz').stat().st_size
+  free_space(monkeypatch, size - 1)
+  with pytest.raises(UserError, match=r'preparing cifar100 takes up to .* by --data_dir'):
+    prepare.prepare('cifar100', f'{tmp_path}/tfds', str(tiny_archives))
+  assert not (tmp_path / 'tfds').exists()
+  killed = tmp_path / 'tfds/cifar100/incomplete.ABC123_3.0.2'
+  killed.mkdir(parents=True)
+  with pytest.raises(UserError, match=f'or delete {killed}, of a preparation that did not end$'):
+    prepare.prepare('cifar100', f'{tmp_path}/tfds', str(tiny_archives))
 
 
 def test_a_damaged_archive_is_named(tmp_path):
@@ -143,3 +198,41 @@ def test_imagenet_from_archives(tmp_path):
     assert data in (written[f'{names[label]}_{i}.JPEG'] for i in range(2))
   validation = sources.open_split('imagenet2012', str(tmp_path / 'tfds'), 'validation')
   assert len(validation) == 5
+
+
+@pytest.mark.slow
+def test_imagenet_takes_no_more_space_than_its_archives(tmp_path, real_data, monkeypatch, capfd):
+  """Real pictures, shuffled through temporary files as the whole of ImageNet is."""
+  pytest.importorskip('tensorflow', reason='TFDS prepares imagenet2012 with TensorFlow only')
+  from tensorflow_datasets.core import shuffle
+
+  pictures = sorted((real_data / 'imagenet-samples/val').rglob('*.JPEG'))[:200]
+  with tarfile.open(tmp_path / 'ILSVRC2012_img_train.tar', 'w') as train:
+    for wnid in sorted({picture.parent.name for picture in pictures}):
+      with tarfile.open(tmp_path / f'{wnid}.tar', 'w') as tar:
+        for picture in (p for p in pictures if p.parent.name == wnid):
+          tar.add(picture, picture.name)
+      train.add(tmp_path / f'{wnid}.tar', f'{wnid}.tar')
+      (tmp_path / f'{wnid}.tar').unlink()
+  with tarfile.open(tmp_path / 'ILSVRC2012_img_val.tar', 'w') as tar:
+    for i, picture in enumerate(pictures[:50]):
+      tar.add(picture, f'ILSVRC2012_val_{i + 1:08}.JPEG')
+  archives = sum(path.stat().st_size for path in tmp_path.glob('*.tar'))
+  used = []
+  read_values = shuffle._Bucket.read_values
+
+  def measured(bucket):
+    used.append(sum(path.stat().st_size for path in (tmp_path / 'tfds').rglob('*')))
+    return read_values(bucket)
+
+  monkeypatch.setattr(shuffle._Bucket, 'read_values', measured)
+  monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1 << 20)
+  monkeypatch.setattr(shuffle, 'BUCKETS_NUMBER', 100)
+  prepare.prepare('imagenet2012', str(tmp_path / 'tfds'), str(tmp_path))
+  assert len(used) == 200
+  used.append(sum(path.stat().st_size for path in (tmp_path / 'tfds').rglob('*')))
+  assert 0.9 * archives < max(used) < archives
+  shown = capfd.readouterr().err
+  for bar in ('Generating train examples', 'Generating validation examples', 'Shuffling'):
+    assert bar in shown
+  assert '/1281167 [' in shown

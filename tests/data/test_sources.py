@@ -79,6 +79,7 @@ def test_bad_splits(spec, message):
     ('cifar10', {'train': 50_000, 'test': 10_000}, 10),
     ('cifar100', {'train': 50_000, 'test': 10_000}, 100),
     ('imagenet2012', {'train': 1_281_167, 'validation': 50_000}, 1000),
+    ('imagenet2012_real', {'validation': 50_000}, 1000),
     ('fake_cifar', {'train': 500, 'test': 100}, 10),
     ('fake_imagenet', {'train': 1000, 'validation': 100}, 1000),
   ],
@@ -198,7 +199,7 @@ def test_unknown_data_sets_are_answered_with_the_list():
       call('cifar1000')
     assert str(e.value) == (
       "unknown data set 'cifar1000'; did you mean 'cifar100'? Known: cifar10, cifar100, digits, "
-      'fake_cifar, fake_imagenet, image_folder, imagenet2012.'
+      'fake_cifar, fake_imagenet, image_folder, imagenet2012, imagenet2012_real, imagenet_v2.'
     )
 
 
