@@ -8,13 +8,15 @@ step's files into the step's folder, and they are verified before a restore. A s
   unsealed   it was committed, but the run was killed before its sums were complete,
   damaged    a file does not match its sum, is missing, or Orbax cannot read the step.
 
-On disk: FOLDER/STEP/ is Orbax's, but for FOLDER/STEP/sums.P-of-N.json of process P of N.
+On disk: FOLDER/STEP/ is Orbax's, but for FOLDER/STEP/sums.P-of-N.json of process P of N. In a
+bucket, where nothing can be renamed, a step is committed once Orbax has put a file there that says
+so.
 """
 
 import dataclasses
 import hashlib
 import json
-import pathlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,12 +27,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from afi_flax import files
 from afi_flax.errors import UserError
 
 PyTree = Any
 
 _SUMS = re.compile(r'sums\.\d+-of-\d+\.json')
 _ITEM = 'state'  # the checkpoint's only item, for Orbax
+_COMMITTED = 'commit_success.txt'  # Orbax's; in a bucket it is what commits a step
 
 
 class Checkpoints:
@@ -51,17 +55,27 @@ class Checkpoints:
   ```
   """
 
-  def __init__(self, folder: str | pathlib.Path, keep: int | None = None):
-    self._folder = pathlib.Path(folder).absolute()
+  def __init__(self, folder: str | os.PathLike, keep: int | None = None):
+    self._folder = files.absolute(folder)
+    self._in_bucket = files.in_bucket(self._folder)
     self._keep = keep
+    if self._in_bucket:
+      self._check_access()
     self._manager = self._open()
     self._saving: int | None = None  # the step that Orbax has been given and that has no sums yet
+    self._failed = False  # a save has
     self._damaged: set[int] = set()  # found by `restore`
 
   def steps(self) -> list[int]:
     """The steps that are committed, good or not, oldest first."""
     found = []
-    if self._folder.is_dir():
+    if self._in_bucket:
+      try:
+        parts = [name.split('/') for name in files.names(self._folder)]
+      except OSError as error:
+        raise UserError(f'checkpoints cannot be listed: {_first_line(error)}; mend that') from error
+      found = [int(n) for n, *rest in parts if n.isdecimal() and rest == [_COMMITTED]]
+    elif self._folder.is_dir():
       found = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal() and p.is_dir()]
     return _first_process_says(sorted(found))
 
@@ -87,7 +101,8 @@ class Checkpoints:
         return
       self._set_aside([step])
     try:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      if not self._in_bucket:
+        self._folder.mkdir(parents=True, exist_ok=True)
       # `force`, because Orbax otherwise skips in silence what it thinks needs no saving.
       arrays = jax.tree.map(_as_array, _set_fields(state))
       self._manager.save(step, args=_composite(ocp.args.StandardSave(arrays)), force=True)
@@ -173,7 +188,11 @@ class Checkpoints:
     try:
       self._finish()
     finally:
-      self._manager.close()
+      try:
+        self._manager.close()
+      except Exception:
+        if not self._failed:  # else it is the failure that `save` or `_finish` has raised
+          raise
 
   def _open(self, remove_leftovers: bool = False) -> ocp.CheckpointManager:
     handler = ocp.StandardCheckpointHandler()
@@ -192,6 +211,17 @@ class Checkpoints:
     )
     return ocp.CheckpointManager(self._folder, options=options, handler_registry=registry)
 
+  def _check_access(self) -> None:
+    """Orbax looks at the bucket itself, too, but only when it saves."""
+    try:
+      with files.os_errors(self._folder):
+        files.blob(self._folder).bucket.reload()
+    except OSError as error:
+      raise UserError(
+        f'{self._folder} may not be used: {_first_line(error)}; the account needs the roles '
+        'storage.objectUser and storage.legacyBucketReader'
+      ) from error
+
   def _finish(self) -> None:
     """Waits for the save in progress, if there is one, and writes its sums."""
     step, self._saving = self._saving, None
@@ -204,30 +234,31 @@ class Checkpoints:
       raise self._save_error(step, error) from error
 
   def _save_error(self, step: int, error: Exception) -> UserError:
+    self._failed = True
     return UserError(
       f'checkpoint {step} could not be written to {self._folder}: {_first_line(error)}; '
-      'make room or mend the disk and start the same command again, or take another --workdir'
+      f'{"mend that" if self._in_bucket else "make room or mend the disk"} and start the same '
+      'command again, or take another --workdir'
     )
 
   def _seal(self, step: int) -> None:
     """Writes the sums of this process's share of the step's files."""
     process, processes = jax.process_index(), jax.process_count()
     folder = self._folder / str(step)
-    files = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
-    names = sorted(name for name in files if not _SUMS.fullmatch(name))
+    names = [name for name in files.names(folder) if not _SUMS.fullmatch(name)]
     sums = {name: _sha256(folder / name) for name in names[process::processes]}
     record = {'process': process, 'processes': processes, 'sha256': sums}
     # Need not be atomic: a torn file is not JSON, and then the step counts as unsealed.
     path = folder / f'sums.{process}-of-{processes}.json'
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    files.write(path, json.dumps(record, indent=1) + '\n')
 
   def _sums(self, step: int) -> tuple[dict[str, str], str | None]:
     """The recorded sums by file, and why they are not complete, if so."""
     folder = self._folder / str(step)
     sums, present, processes = {}, 0, 1
-    for path in sorted(folder.glob('sums.*.json')):
+    for path in (folder / n for n in files.names(folder) if _SUMS.fullmatch(n)):
       try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(files.read(path))
         sums.update(record['sha256'])
         present, processes = present + 1, record['processes']
       except (OSError, ValueError, KeyError, TypeError) as error:
@@ -295,11 +326,10 @@ class Checkpoints:
       for step in steps:
         source, target = self._folder / str(step), self._folder.parent / 'unreadable' / str(step)
         n = 1
-        while target.exists():
+        while files.exists(target):
           n, target = n + 1, target.with_name(f'{step}-{n}')
         try:
-          target.parent.mkdir(exist_ok=True)
-          source.rename(target)
+          files.move(source, target, seal=_COMMITTED)
         except OSError as error:
           raise UserError(
             f'checkpoint {step} cannot be moved out of the way to {target}: '
@@ -349,8 +379,8 @@ def _as_array(leaf: Any) -> jax.Array | np.ndarray:
   return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
-def _sha256(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
+def _sha256(path: files.Path) -> str:
+  with files.reading(path) as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 

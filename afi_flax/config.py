@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from afi_flax.data import augment, distort, sources
 from afi_flax.errors import UserError, unknown
@@ -15,6 +16,28 @@ from afi_flax.models import create_model, residual_blocks
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
 MAY_DIFFER = ('run', 'data.data_dir')
+# Keys that there have not always been, with what runs did before.
+_SINCE = {
+  'batch_norm.scope': 'global',
+  'data.antialias': True,
+  'data.auto_augment': '',
+  'data.color_jitter': (0.0, 0.0, 0.0, 0.0),
+  'data.cutmix': 0.0,
+  'data.erasing': 0.0,
+  'data.eval_dataset': '',
+  'data.eval_image_size': 0,
+  'data.lighting': 0.0,
+  'data.mixup': 0.0,
+  'ema_decay': 0.0,
+  'loss.label_smoothing': 0.0,
+  'loss.name': 'cross_entropy',
+  'loss.target_threshold': 0.0,
+  'micro_batches': 1,
+  'model.drop_path': 0.0,
+  'model.remat': 'none',
+  'model.se_bias': False,
+  'optimizer.decay_vectors': True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +164,11 @@ class Plan:
   step: Step
 
 
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+  """The config of a run that may be older than some keys, with what it did without them."""
+  return unflatten_dict(_SINCE | flatten_dict(config, sep='.'), sep='.')
+
+
 def resolve(
   config: ml_collections.ConfigDict, device_count: int = 1, dataset: Dataset | None = None
 ) -> Plan:
@@ -155,7 +183,8 @@ def resolve(
     UserError: one line with the key, its value, the limit and the cure.
   """
   try:
-    return _resolve(config, device_count, dataset)
+    completed = ml_collections.ConfigDict(complete(config.to_dict()))
+    return _resolve(completed, device_count, dataset)
   except (AttributeError, KeyError) as error:  # of ml_collections
     missing = str(error).replace('\\n', ' ').strip('\'"')
     raise UserError(f'the config lacks a key: {missing}; compare configs/common.py') from error
@@ -185,8 +214,8 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     run=_run(config.run, steps_per_epoch, total_steps),
     step=Step(
       seed=config.seed,
-      micro_batches=_micro_batches(config.get('micro_batches', 1), batch, device_count),
-      batch_norm_parts=_batch_norm_parts(config.get('batch_norm'), device_count),
+      micro_batches=_micro_batches(config.micro_batches, batch, device_count),
+      batch_norm_parts=_batch_norm_parts(config.batch_norm.scope, device_count),
       regularisation=_regularisation(config),
     ),
   )
@@ -209,7 +238,7 @@ def _measure(data: ml_collections.ConfigDict) -> Dataset:
 
 
 def _eval_dataset(data: ml_collections.ConfigDict) -> str:
-  return data.get('eval_dataset', '') or data.dataset  # runs made before this key have none
+  return data.eval_dataset or data.dataset
 
 
 def _check_batch(batch: int, device_count: int, num_train: int) -> None:
@@ -235,8 +264,7 @@ def _micro_batches(micro_batches: int, batch: int, device_count: int) -> int:
   return micro_batches
 
 
-def _batch_norm_parts(batch_norm: ml_collections.ConfigDict | None, device_count: int) -> int:
-  scope = batch_norm.scope if batch_norm else 'global'  # runs made before there was a choice
+def _batch_norm_parts(scope: str, device_count: int) -> int:
   if scope == 'global':
     return 1
   group = 1 if scope == 'device' else int(scope) if scope.isdigit() else 0
@@ -251,20 +279,17 @@ def _batch_norm_parts(batch_norm: ml_collections.ConfigDict | None, device_count
 
 def _model(model: ml_collections.ConfigDict, num_classes: int) -> Model:
   stages = tuple(model.stages) or None
-  # Runs that were made before these keys have neither.
-  se_bias, remat = model.get('se_bias', False), model.get('remat', 'none')
-  resolved = Model(model.name, num_classes, stages, model.dtype, se_bias, remat)
+  resolved = Model(model.name, num_classes, stages, model.dtype, model.se_bias, model.remat)
   create_model(**vars(resolved))  # explains what is wrong; makes no array
   return resolved
 
 
 def _data(data: ml_collections.ConfigDict) -> Data:
   _at_least('data.image_size', data.image_size, 1)
-  # Runs that were made before these keys have none of them.
-  _at_least('data.eval_image_size', data.get('eval_image_size', 0), 0)
-  eval_size = data.get('eval_image_size', 0) or data.image_size
+  _at_least('data.eval_image_size', data.eval_image_size, 0)
+  eval_size = data.eval_image_size or data.image_size
   if data.eval_resize and data.eval_resize < eval_size:
-    key = 'eval_image_size' if data.get('eval_image_size', 0) else 'image_size'
+    key = 'eval_image_size' if data.eval_image_size else 'image_size'
     raise UserError(
       f'data.eval_resize {data.eval_resize} is less than data.{key} {eval_size}: '
       'the centre crop would not fit; use 0 for no margin'
@@ -276,14 +301,10 @@ def _data(data: ml_collections.ConfigDict) -> Data:
       raise UserError(f'data.{key} {tuple(data[key])} must have 3 values, one a channel')
   if min(data.std) <= 0:
     raise UserError(f'data.std {tuple(data.std)} must be more than 0')
-  since = {
-    'auto_augment': data.get('auto_augment', ''),
-    'color_jitter': tuple(data.get('color_jitter', (0.0,) * 4)),
-    'lighting': data.get('lighting', 0.0),
-  }
-  distort.make(mean=tuple(data.mean), **since)  # explains what is wrong
-  since['antialias'] = data.get('antialias', True)
-  if not since['antialias'] and data.augment != 'random_resized_crop_flip':
+  vectors = {key: tuple(data[key]) for key in ('mean', 'std', 'color_jitter')}
+  # Explains what is wrong.
+  distort.make(data.auto_augment, vectors['color_jitter'], data.lighting, vectors['mean'])
+  if not data.antialias and data.augment != 'random_resized_crop_flip':
     raise UserError(
       f'data.antialias False has no meaning for data.augment {data.augment!r}; '
       "use True, or augment='random_resized_crop_flip'"
@@ -292,27 +313,23 @@ def _data(data: ml_collections.ConfigDict) -> Data:
     'eval_resize': data.eval_resize or eval_size,
     'eval_image_size': eval_size,
     'eval_dataset': _eval_dataset(data),
-    'mean': tuple(data.mean),
-    'std': tuple(data.std),
   }
-  names = [field.name for field in dataclasses.fields(Data)]
-  return Data(**{n: data[n] for n in names if n not in since | derived} | since | derived)
+  given = {field.name: data[field.name] for field in dataclasses.fields(Data)}
+  return Data(**given | vectors | derived)
 
 
 def _regularisation(config: ml_collections.ConfigDict) -> Regularisation:
-  # Runs that were made before these keys have none of them.
-  loss, data = config.get('loss', ml_collections.ConfigDict()), config.data
-  drop_path = config.model.get('drop_path', 0.0)
+  loss, data, drop_path = config.loss, config.data, config.model.drop_path
   made = Regularisation(
-    loss=loss.get('name', 'cross_entropy'),
-    label_smoothing=loss.get('label_smoothing', 0.0),
-    target_threshold=loss.get('target_threshold', 0.0),
-    mixup=data.get('mixup', 0.0),
-    cutmix=data.get('cutmix', 0.0),
-    erasing=data.get('erasing', 0.0),
+    loss=loss.name,
+    label_smoothing=loss.label_smoothing,
+    target_threshold=loss.target_threshold,
+    mixup=data.mixup,
+    cutmix=data.cutmix,
+    erasing=data.erasing,
     drop_path=drop_path,
     num_blocks=residual_blocks(config.model.name) if drop_path else 0,
-    ema_decay=config.get('ema_decay', 0.0),
+    ema_decay=config.ema_decay,
   )
   _one_of('loss.name', made.loss, ('cross_entropy', 'bce'))
   for key, value in (
@@ -381,7 +398,7 @@ def _optim(
     weight_decay=optimizer.weight_decay,
     clip_norm=optimizer.clip_norm,
     name=optimizer.name,
-    decay_vectors=optimizer.get('decay_vectors', True),
+    decay_vectors=optimizer.decay_vectors,
   )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from afi_flax import metrics, report, run, sharding, steps
 from afi_flax.analysis import memory
-from afi_flax.config import Plan
+from afi_flax.config import Plan, complete
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
@@ -130,8 +130,8 @@ def evaluate_run(
   """
   mesh = sharding.make_mesh()
   loaded = run.load_run(workdir, checkpoint, config, mesh)
-  data, stored = loaded.plan.data, Workdir(workdir).read_config()['data']
-  own_dataset = stored.get('eval_dataset') or stored['dataset']
+  data, stored = loaded.plan.data, complete(Workdir(workdir).read_config())['data']
+  own_dataset = stored['eval_dataset'] or stored['dataset']
   own_split = _split_name(stored['dataset'], own_dataset, stored['eval_split'])
   # imagenet2012_real has the pictures of imagenet2012.
   datasets = {name.removesuffix('_real') for name in (data.eval_dataset, own_dataset)}

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import secrets
 import time
 
 import jax
@@ -52,8 +53,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
 
   workdir = Workdir(folder)
   writer = jax.process_index() == 0
+  token = int(sharding.first_process_says(secrets.randbelow(2**24)))  # exact in a float32
   with (
-    workdir.open_for_training(config.to_dict(), dataclasses.asdict(plan.dataset), writer),
+    workdir.open_for_training(config.to_dict(), dataclasses.asdict(plan.dataset), writer, token),
     StopSignals() as signals,
     contextlib.closing(Checkpoints(workdir.checkpoints, plan.run.keep)) as checkpoints,
     contextlib.closing(Checkpoints(workdir.best, keep=1)) as best,
@@ -99,6 +101,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
             record['partial'] = True
           reporter.train(record, float(learning_rate(step - 1)))
         if save and step > 0:
+          workdir.sync()
           checkpoints.save(step, state)
         if evaluate:
           record = evaluator(state.eval_variables, reporter.evaluating, lambda: _stopping(signals))
@@ -126,6 +129,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
         _check_finite(losses, step, ahead=MAX_AHEAD)
         checkpoints.poll()
         best.poll()
+        workdir.poll()
         reporter.progress(step)
         trace.after(step - start, loss)
   if stop:

@@ -8,6 +8,9 @@ checkpoints/    the last ones            best/      the best one by evaluation
 unreadable/     checkpoints that could not be read, or that a resumed run left behind
 events/         TensorBoard              profile/   XProf
 lock            held by the run that trains here
+
+The folder may be one in a bucket. What grows line by line is then written to a temporary folder of
+this machine and uploaded; a run that goes on elsewhere first fetches it.
 """
 
 import contextlib
@@ -16,74 +19,85 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
+import shutil
 import signal
 import socket
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from absl import logging
 from flax.traverse_util import flatten_dict
 
-from afi_flax.config import MAY_DIFFER
+from afi_flax import bucket, files
+from afi_flax.config import MAY_DIFFER, complete
 from afi_flax.errors import UserError
 
 Json = Any  # what json.loads returns
 
+_PATIENCE = 10.0  # seconds that a shared file system may take to show what another host wrote
+_BUCKET_PATIENCE = 120.0  # the writer may have to wait until a dead run's lock is void
 _SHOWN = 5  # differing keys that an error names
 
 
 class Workdir:
-  """The folder of one run; the only place that names a path in it.
+  """The folder of one run; the only place that names a path in it."""
 
-  Args:
-    folder: need not exist; is made absolute.
-  """
-
-  def __init__(self, folder: str | pathlib.Path):
-    if '://' in str(folder):
-      raise UserError(f'workdir {str(folder)!r} is not on a file system; mount it first')
-    self.folder = pathlib.Path(folder).expanduser().absolute()
+  def __init__(self, folder: str | os.PathLike):
+    """Opens nothing yet; `folder` need not exist and is made absolute."""
+    self.folder = files.absolute(folder)
+    self._in_bucket = files.in_bucket(self.folder)
+    self._written = self.folder  # where what grows line by line is
     self._writer = True
+    self._lock: bucket.Lock | None = None
+    self._mirror: bucket.Mirror | None = None
 
   @property
-  def config_path(self) -> pathlib.Path:
+  def config_path(self) -> files.Path:
     return self.folder / 'config.json'
 
   @property
-  def dataset_path(self) -> pathlib.Path:
+  def dataset_path(self) -> files.Path:
     return self.folder / 'dataset.json'
 
   @property
-  def metrics_path(self) -> pathlib.Path:
-    return self.folder / 'metrics.jsonl'
+  def metrics_path(self) -> files.Path:
+    return self._written / 'metrics.jsonl'
 
   @property
-  def curves_path(self) -> pathlib.Path:
-    return self.folder / 'curves.png'
+  def curves_path(self) -> files.Path:
+    return self._written / 'curves.png'
 
   @property
-  def lock_path(self) -> pathlib.Path:
+  def lock_path(self) -> files.Path:
     return self.folder / 'lock'
 
   @property
-  def checkpoints(self) -> pathlib.Path:
+  def checkpoints(self) -> files.Path:
     return self.folder / 'checkpoints'
 
   @property
-  def best(self) -> pathlib.Path:
+  def best(self) -> files.Path:
     return self.folder / 'best'
 
   @property
-  def events_dir(self) -> pathlib.Path:
-    return self.folder / 'events'
+  def events_dir(self) -> files.Path:
+    return self._written / 'events'
 
   @property
-  def profile(self) -> pathlib.Path:
-    return self.folder / 'profile'
+  def profile(self) -> files.Path:
+    return self._written / 'profile'
 
   @contextlib.contextmanager
   def open_for_training(
-    self, config: dict[str, Json], dataset: dict[str, Json], writer: bool = True
+    self,
+    config: dict[str, Json],
+    dataset: dict[str, Json],
+    writer: bool = True,
+    token: int | None = None,
   ) -> Iterator[None]:
     """Makes the folder, checks that it holds this run or none, and locks it while entered.
 
@@ -92,30 +106,53 @@ class Workdir:
       dataset: name, class_names, num_train, num_eval.
       writer: whether this process writes: the first one of a run. In the others, what would write
         does nothing.
+      token: a random number that the processes have agreed on, which the writer puts into the lock
+        and the others look for; None: they do not.
 
     Raises:
-      UserError: the folder cannot be written, is in use, or holds a run of another config or data.
+      UserError: the folder cannot be written, is in use, or holds a run of another config or data;
+        this process finds another folder than the writer.
     """
     self._writer = writer
-    if not writer:
-      self._check(config, dataset)
-      yield
-      return
-    with self.writing():
-      self.folder.mkdir(parents=True, exist_ok=True)
-      lock = self._take_lock()
-    try:
-      self._check(config, dataset)
+    with contextlib.ExitStack() as stack:
+      if writer:
+        with self.writing():
+          if not self._in_bucket:
+            self.folder.mkdir(parents=True, exist_ok=True)
+          stack.callback(self._take_lock(token))
+      elif token is not None:
+        self._await_writer(token)
       with self.writing():
-        _write(self.config_path, json.dumps(config, indent=2) + '\n')
-        _write(self.dataset_path, json.dumps(dataset, indent=2) + '\n')
+        if self._in_bucket:
+          stack.enter_context(self._uploading())
+        self._check(config, dataset)
+        if writer:
+          _write(self.config_path, json.dumps(config, indent=2) + '\n')
+          _write(self.dataset_path, json.dumps(dataset, indent=2) + '\n')
       yield
-    finally:
-      os.close(lock)  # which gives it back
+
+  def poll(self) -> None:
+    """UserError if another run has taken the lock away; cheap, to be called once a step."""
+    if self._lock is not None and self._lock.lost is not None:
+      raise UserError(
+        f'workdir {self.folder} was taken over by {_holder(self._lock.lost)}, as nothing was heard '
+        'from this one for a while; leave it to that one, or take another --workdir'
+      )
+
+  def sync(self) -> None:
+    """Polls, and brings the metrics to a bucket: no checkpoint should get there before them."""
+    self.poll()
+    if self._mirror is not None:
+      self._mirror.sync(patience=5.0)
+
+  def shown(self, path: files.Path) -> str:
+    """Where others find a file of this run: in the bucket, where the run is in one."""
+    return str(self.folder / path.relative_to(self._written))
 
   def check_config(self, config: dict[str, Json], may_differ: tuple[str, ...] = MAY_DIFFER) -> None:
     """UserError if the run has another config, but for the keys that may differ."""
-    if differ := _differences(self.read_config(), config, may_differ):
+    stored, given = complete(self.read_config()), complete(config)
+    if differ := _differences(stored, given, may_differ):
       raise UserError(
         f'workdir {self.folder} holds a run of another config: {differ}; '
         'take another --workdir, or the stored values'
@@ -123,11 +160,11 @@ class Workdir:
 
   def read_config(self) -> dict[str, Json]:
     """The config of the run; UserError where there is none."""
-    return self._read(self.config_path)
+    return self._read_json(self.config_path)
 
   def read_dataset(self) -> dict[str, Json]:
     """The data set of the run: name, class_names, num_train, num_eval; UserError without a run."""
-    return self._read(self.dataset_path)
+    return self._read_json(self.dataset_path)
 
   def append_metrics(self, record: dict[str, Json]) -> None:
     """Adds one line, such as {'step': 100, 'split': 'train', 'loss': 1.2, ...}, and flushes it."""
@@ -137,9 +174,9 @@ class Workdir:
 
   def read_metrics(self) -> list[dict[str, Json]]:
     """All records, in order; a last line that a killed run left unfinished is ignored."""
-    if not self.metrics_path.exists():
+    if not files.exists(self.metrics_path):
       return []
-    lines = self.metrics_path.read_bytes().split(b'\n')[:-1]  # the last is empty, or unfinished
+    lines = files.read(self.metrics_path).split(b'\n')[:-1]  # the last is empty, or unfinished
     records = []
     for number, line in enumerate(lines, 1):
       try:
@@ -156,13 +193,21 @@ class Workdir:
     Training lines stay up to and with `step`. Evaluation lines stay before it: an evaluation that
     is due at `step` itself is run again.
     """
-    if self._writer and self.metrics_path.exists():
+    if self._writer and files.exists(self.metrics_path):
       kept = [r for r in self.read_metrics() if _precedes(r, step)]
       with self.writing():
         _write(self.metrics_path, ''.join(json.dumps(r) + '\n' for r in kept))
 
-  def _take_lock(self) -> int:
-    """Returns its file descriptor; whoever closes that gives the lock back."""
+  def _take_lock(self, token: int | None) -> Callable[[], None]:
+    """Returns what gives it back."""
+    now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+    own = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now, 'token': token}
+    content = json.dumps(own | {'nonce': secrets.token_hex(8)}).encode() + b'\n'
+    if self._in_bucket:
+      self._lock = bucket.Lock(self.lock_path)
+      if (holder := self._lock.take(content)) is not None:
+        raise self._in_use(holder)
+      return self._lock.release
     lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
       # The kernel gives the lock of a dead process back; what such a one left in the file is void.
@@ -172,28 +217,72 @@ class Workdir:
       os.close(lock)
       if not isinstance(error, BlockingIOError):
         raise
-      raise UserError(
-        f'workdir {self.folder} is in use by {_holder(holder)}; '
-        'wait for it, stop it, or take another --workdir'
-      ) from None
-    now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
-    holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
+      raise self._in_use(holder) from None
     os.truncate(lock, 0)
-    os.write(lock, json.dumps(holder).encode() + b'\n')
-    return lock
+    os.write(lock, content)
+    return lambda: os.close(lock)
+
+  def _in_use(self, holder: bytes) -> UserError:
+    return UserError(
+      f'workdir {self.folder} is in use by {_holder(holder)}; '
+      'wait for it, stop it, or take another --workdir'
+    )
+
+  def _await_writer(self, token: int) -> None:
+    deadline = time.monotonic() + (_BUCKET_PATIENCE if self._in_bucket else _PATIENCE)
+    while True:
+      # Without a lock, or one that says it otherwise, it is the same: not yet.
+      with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(files.read(self.lock_path))['token'] == token:
+          return
+      if time.monotonic() > deadline:
+        raise UserError(
+          f'workdir {self.folder} on {socket.gethostname()} is not the one that process 0 writes; '
+          'give a --workdir that all hosts share, such as one in a bucket, gs://BUCKET/FOLDER'
+        )
+      time.sleep(0.5 if self._in_bucket else 0.1)
+
+  @contextlib.contextmanager
+  def _uploading(self) -> Iterator[None]:
+    """While entered, what grows is written on this machine; at the end all is in the bucket."""
+    local = pathlib.Path(tempfile.mkdtemp(prefix='afi_flax-'))
+    if self._writer and files.exists(self.metrics_path):
+      (local / self.metrics_path.name).write_bytes(files.read(self.metrics_path))
+    self._written, self._mirror = local, bucket.Mirror(local, self.folder)
+    try:
+      yield
+    except BaseException:
+      if why := self._end_uploading(local):
+        logging.error('%s', why)  # what ended the run goes first
+      raise
+    if why := self._end_uploading(local):
+      raise UserError(why)
+
+  def _end_uploading(self, local: pathlib.Path) -> str | None:
+    """Uploads the rest, unless the folder is another run's by now; why that failed, or None."""
+    mirror, self._mirror, self._written = self._mirror, None, self.folder
+    try:
+      mirror.close(upload=self._lock is None or self._lock.lost is None)
+    except OSError as error:
+      return (
+        f'the last metrics could not be uploaded to {self.folder}: {error.strerror}; '
+        f'they are in {local}: copy them there'
+      )
+    shutil.rmtree(local)
+    return None
 
   def _check(self, config: dict[str, Json], dataset: dict[str, Json]) -> None:
-    if self.config_path.exists():
+    if files.exists(self.config_path):
       self.check_config(config)
-    if self.dataset_path.exists() and (differ := _differences(self.read_dataset(), dataset)):
+    if files.exists(self.dataset_path) and (differ := _differences(self.read_dataset(), dataset)):
       raise UserError(
         f'the data set has changed since the run in {self.folder} began: {differ}; '
         'take another --workdir, or the data set as it was'
       )
 
-  def _read(self, path: pathlib.Path) -> Json:
+  def _read_json(self, path: files.Path) -> Json:
     try:
-      value = json.loads(path.read_bytes())
+      value = json.loads(files.read(path))
       if not isinstance(value, dict):
         raise ValueError('not a JSON object')
       return value
@@ -252,8 +341,11 @@ class StopSignals:
     os.write(2, f'\n{self.requested}: saving after this step; Ctrl-C now loses it\n'.encode())
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def _write(path: files.Path, text: str) -> None:
   """Replaces a file as a whole: after a crash it holds the old text or the new."""
+  if files.in_bucket(path):
+    files.write(path, text)
+    return
   temporary = path.with_name(f'.{path.name}.tmp')
   with temporary.open('w') as file:
     file.write(text)
@@ -282,7 +374,7 @@ def _holder(text: bytes) -> str:
 
 def _differences(stored: dict, given: dict, may_differ: tuple[str, ...] = ()) -> str:
   """'key: stored -> given' of the first few keys that differ, or ''."""
-  stored, given = (flatten_dict(tree, sep='.') for tree in (stored, _as_json(given)))
+  stored, given = (flatten_dict(_as_json(tree), sep='.') for tree in (stored, given))
   differ = []
   for key in sorted(stored | given):
     if f'{key}.'.startswith(tuple(f'{name}.' for name in may_differ)):

@@ -23,7 +23,8 @@
 #   --dry_run       prints what would run
 #
 # Needs kubectl with the cluster's credentials and JobSet 0.10 or later in the cluster; docker for
-# build. Give a --workdir on a file system that all hosts share; gs:// is none.
+# build. Give a --workdir in a bucket, gs://BUCKET/FOLDER, which needs --service_account, or on a file
+# system that all hosts share.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -36,6 +37,7 @@ service_account='' bucket='' slices=1 max_restarts=10 spot=false
 parse 'name image tpu gpu topology hosts chips namespace service_account bucket slices max_restarts' \
   'spot' "$@"
 needs name
+bucket=${bucket#gs://}
 good_name name "$name"
 
 # A word as a YAML (and JSON) string; $(X) in it stays as it is, which Kubernetes would replace.

@@ -17,9 +17,9 @@
 #
 #   --bucket  is mounted on every host as ~/bucket, for data: --config.data.data_dir=bucket/...
 #
-# Give a --workdir on a file system that all hosts share; gs:// is none. The same `resume` command
-# goes on with a run that was stopped. Exit status: that of afi_flax.main on the first host. A run
-# goes on when the connection to it breaks.
+# Give a --workdir in a bucket, gs://BUCKET/FOLDER, or on a file system that all hosts share. The same
+# `resume` command goes on with a run that was stopped. Exit status: that of afi_flax.main on the
+# first host. A run goes on when the connection to it breaks.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,6 +30,7 @@ shift
 name='' zone='' project='' type='' runtime='' bucket='' spot=false queue=false
 parse 'name zone project type runtime bucket' 'spot queue' "$@"
 needs name zone
+bucket=${bucket#gs://}
 good_name name "$name"
 
 where=(--zone="$zone" --quiet)

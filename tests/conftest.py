@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and where the real data is."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -31,3 +32,20 @@ def real_data() -> pathlib.Path:
   if not os.path.isdir(folder):
     pytest.skip('needs real pictures: set AFI_FLAX_DATA to their folder')
   return pathlib.Path(folder)
+
+
+@pytest.fixture(scope='session')
+def object_store():
+  """A stand-in for Cloud Storage with a bucket 'bucket', in which every gs:// is from now on.
+
+  One for the session: TensorStore asks for the address only once.
+  """
+  if not importlib.util.find_spec('gcsfs'):
+    pytest.skip("needs pip install -e '.[gcs]'")
+  from tests.object_store import ObjectStore
+
+  store = ObjectStore('bucket')
+  with store.serving() as environment, pytest.MonkeyPatch.context() as patch:
+    for name, value in environment.items():
+      patch.setenv(name, value)
+    yield store

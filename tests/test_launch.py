@@ -68,6 +68,7 @@ STAND_INS = {
   'scontrol': '#!/bin/bash\necho "$@" >>"$HOME/scontrol.log"',
   'kubectl': '#!/bin/bash\necho "$@" >>"$HOME/kubectl.log"\n'
   'case $3 in get) cat "$HOME/terminal" ;; apply) cat >"$HOME/applied.yaml" ;; esac',
+  'gcsfuse': '#!/bin/bash\necho "$@" >>"$HOME/gcsfuse.log"',
   'docker': '#!/bin/bash\necho "$@" >>"$HOME/docker.log"',
 }
 
@@ -258,6 +259,22 @@ def test_tpu_vm_follows_a_run_that_goes_on(machine):
     assert 'epoch 1' in machine.launch('tpu_vm.sh', 'run', *TPU_VM, '--', *FLAGS, status=75)
   with pytest.raises(FileNotFoundError):
     machine.calls()
+
+
+@pytest.mark.parametrize('name', ['pictures', 'gs://pictures'])
+def test_tpu_vm_mounts_the_bucket(machine, name):
+  """On every host, as the folder that the help names."""
+  machine.launch('tpu_vm.sh', 'copy', *TPU_VM, '--bucket', name)
+  assert machine.log('gcsfuse') == [f'--implicit-dirs pictures {machine.home}/bucket']
+  assert (machine.home / 'afi_flax' / 'bucket').resolve() == machine.home / 'bucket'
+
+
+def test_gke_mounts_the_bucket(machine):
+  jobset = manifest(machine, *GKE_TPU, '--bucket=gs://pictures', '--service_account=trainer')
+  job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  (volume,) = (v for v in job['template']['spec']['volumes'] if v['name'] == 'bucket')
+  assert volume['csi']['volumeAttributes']['bucketName'] == 'pictures'
+  assert {'name': 'bucket', 'mountPath': '/bucket'} in container(jobset)['volumeMounts']
 
 
 def test_tpu_vm_brings_the_code(machine):

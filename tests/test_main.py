@@ -240,9 +240,9 @@ def test_evaluating_other_classes_is_refused(four_steps):
       evaluate.Evaluator(other, models.create_model('resnet20', 10), mesh)
 
 
-def test_a_bucket_is_not_a_folder():
-  with pytest.raises(UserError, match='gs://bucket/run'):
-    train.train(digits_config.get_config(), 'gs://bucket/run')
+def test_a_bucket_of_another_kind():
+  with pytest.raises(UserError, match="'s3://bucket/run' must be a folder, or one in a bucket: gs"):
+    train.train(digits_config.get_config(), 's3://bucket/run')
 
 
 def test_a_folder_that_cannot_be_written():

@@ -395,6 +395,33 @@ def train(folder, workdir, steps, count=1, devices=1, slurm=False):
   return ids, {r['step']: r['loss'] for r in records}
 
 
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_ends_all(tmp_path):
+  """Each has a folder of that name, as two hosts without a common file system would."""
+  port, running = free_port(), []
+  for i in range(2):
+    flags = [
+      '--config', 'configs/digits_afi_resnet20.py', '--workdir', tmp_path / str(i) / 'run',
+      '--config.model.name=resnet20', '--config.run.max_steps=1', '--config.eval_batch_size=100',
+      f'--coordinator=127.0.0.1:{port}', '--processes=2', f'--process={i}',
+    ]  # fmt: skip
+    command = [sys.executable, '-m', 'afi_flax.main', *map(str, flags)]
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+    running.append(
+      subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+      )
+    )
+  errs = [process.communicate(timeout=120)[1] for process in running]
+  assert [process.returncode for process in running] == [2, 2], errs
+  says = f'workdir {tmp_path}/1/run on {socket.gethostname()} is not the one that process 0 writes'
+  for err in errs:
+    assert says in said(err)
+    assert 'gs://BUCKET/FOLDER' in said(err)
+    assert 'Traceback' not in err
+  assert not (tmp_path / '1' / 'run' / 'checkpoints').exists()
+
+
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   """Ids and losses of six steps on one process with one device."""

@@ -30,8 +30,8 @@ def workdir(tmp_path):
   return Workdir(tmp_path / 'runs' / 'first')
 
 
-def start(workdir, config=CONFIG, dataset=DATASET, writer=True):
-  with workdir.open_for_training(config, dataset, writer):
+def start(workdir, config=CONFIG, dataset=DATASET, writer=True, token=None):
+  with workdir.open_for_training(config, dataset, writer, token):
     pass
 
 
@@ -101,6 +101,14 @@ def test_another_config_is_refused_key_by_key(workdir, path, value, message):
     start(workdir, change(CONFIG, path, value))
   assert_one_line(error)
   start(workdir)  # neither was the config replaced nor is the lock still held
+
+
+def test_keys_that_are_younger_than_the_run(workdir):
+  """They must say what the run did without them."""
+  start(workdir)
+  start(workdir, change(CONFIG, 'data.color_jitter', (0.0,) * 4))
+  with pytest.raises(UserError, match=r'config: data\.mixup: 0\.0 -> 0\.1; take another'):
+    start(workdir, change(CONFIG, 'data.mixup', 0.1))
 
 
 def test_many_differences_are_counted(workdir):
@@ -232,6 +240,16 @@ def test_lock(workdir):
     with pytest.raises(UserError, match='in use by another process; wait'):
       start(Workdir(workdir.folder), {}, {})
   start(Workdir(workdir.folder), {}, {})
+
+
+def test_a_folder_that_the_processes_do_not_share(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir_lib, '_PATIENCE', 0.0)
+  with Workdir(tmp_path / 'a').open_for_training(CONFIG, DATASET, token=1):
+    start(Workdir(tmp_path / 'a'), writer=False, token=1)
+    for name, token in (('b', 1), ('a', 2)):  # 2: where the lock is what an older start left
+      with pytest.raises(UserError, match=f'workdir {tmp_path}/{name} on .* is not the') as error:
+        start(Workdir(tmp_path / name), writer=False, token=token)
+      assert_one_line(error)
 
 
 def fill(workdir):

@@ -18,8 +18,17 @@ _CHUNK = 500  # pictures that a thread decodes at a time
 
 def root(data_dir: str) -> pathlib.Path:
   """The folder of prepared TFDS sets: data_dir, or TFDS's own default where that is ''."""
-  default = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(data_dir or default).expanduser()
+  return local(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+
+
+def local(data_dir: str) -> pathlib.Path:
+  """The folder on this machine; UserError where it is none, but a bucket."""
+  if '://' in data_dir:
+    raise UserError(
+      f'data_dir {data_dir!r} is not on a file system; mount the bucket, as gcsfuse or --bucket of '
+      'the launchers does, or copy what is there, and give the folder'
+    )
+  return pathlib.Path(data_dir).expanduser()
 
 
 def find_prepared(dataset: str, data_dir: str) -> pathlib.Path | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from afi_flax import random_draws
+from afi_flax.data import array_records
 from afi_flax.errors import UserError
 
 _SPLITS = ('train', 'val', 'validation', 'test')
@@ -84,7 +85,7 @@ def open_split(
 
 def _splits(data_dir: str) -> dict[str, pathlib.Path]:
   """Split name -> its folder of class folders; a folder without split folders is all 'train'."""
-  root = pathlib.Path(data_dir).expanduser()
+  root = array_records.local(data_dir)
   if not data_dir:
     raise UserError('image_folder needs a folder of pictures: add --config.data.data_dir=FOLDER')
   if not root.is_dir():

@@ -232,3 +232,10 @@ def test_real_cifar100(real_data):
   assert sources.describe('cifar100', data_dir).class_names == tuple(names)
   part = sources.open_split('cifar100', data_dir, 'train[98%:]')
   assert len(part) == 1000
+
+
+@pytest.mark.parametrize('dataset', ['cifar100', 'image_folder', 'imagenet_v2'])
+def test_a_bucket_is_mounted_first(dataset):
+  with pytest.raises(UserError, match="'gs://bucket/sets' is not on a file system; mount") as error:
+    sources.describe(dataset, 'gs://bucket/sets')
+  assert '\n' not in str(error.value)
