@@ -5,7 +5,8 @@
   python -m afi_flax.fit --config configs/cifar100_afi_resnet32.py          for this machine
 
 Prints the memory that training and evaluation need on a chip beside what it has, the network's
-FLOPs in a step, and what the chips exchange. TPUs need `pip install 'jax[tpu]'` and minutes of
+FLOPs in a step, what the chips exchange, and how long the run takes at least: its memory traffic at
+full bandwidth, or its FLOPs at full speed. TPUs need `pip install 'jax[tpu]'` and minutes of
 compiling; how many depends on the network, hardly on the number of chips. --json FILE adds the
 figures as a row to a list in that file, in the place of an older row of the same run.
 """
@@ -89,13 +90,18 @@ def _describe(row: fit.Row) -> str:
       for step, prefix in (('training', ''), ('evaluation', 'eval_'))
     ]
   )
+  at_best = ''
+  if row['hours_at_best'] is not None:
+    at_best = (
+      f'; at best {row["step_ms_at_best"]:,.1f} ms, {row["hours_at_best"]:,.1f} hours for the run'
+    )
   return '\n'.join(
     (
       f'{row["network"]} ({row["dtype"]}), {row["batch_per_chip"]} pictures of {row["image_size"]} '
       f'pixels a chip, {row["chips"]} chips, batch_norm.scope {row["bn_scope"]}',
       table,
       f'A training step: {row["gflops_per_step"]:,} GFLOP in all; each device reads and writes '
-      f'{row["accessed_mib"]:,} MiB, and takes part in {", ".join([sums, *others])}',
+      f'{row["accessed_mib"]:,} MiB, and takes part in {", ".join([sums, *others])}{at_best}',
     )
   )
 

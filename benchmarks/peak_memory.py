@@ -8,8 +8,8 @@ picture, weight or activation is ever allocated, so a laptop can tell what a lar
 Peak is what XLA lays out for the compiled program: weights, optimiser state, batch and results, and
 one arena for all that is temporary, in which arrays share a place when their times allow it. It is
 exact for the backend that it is compiled for, and for no other: the CPU's here, or a TPU's with
---tpu v5e:2x2, which needs `pip install 'jax[tpu]'` but no TPU. Ratios are to the first network of
-the list.
+--topology v5e:2x2, which needs `pip install 'jax[tpu]'` but no TPU. Ratios are to the first network
+of the list.
 """
 
 import time
@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from afi_flax import commands, config, models
-from afi_flax.analysis import memory, tables
+from afi_flax.analysis import fit, memory, tables
 from afi_flax.errors import UserError
 from afi_flax.models.fusion import REMATS
 from benchmarks import common
@@ -32,7 +32,7 @@ _REMATS = flags.DEFINE_list(
 _BATCH = flags.DEFINE_integer('batch_size', 64, 'Pictures in a batch, of training and inference.')
 _SIZE = flags.DEFINE_integer('image_size', 224, 'Side of the pictures, in pixels.')
 _DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation: float32 or bfloat16.')
-_TPU = flags.DEFINE_string('tpu', '', 'Compile for one chip of this TPU topology: v5e:2x2.')
+_TOPOLOGY = flags.DEFINE_string('topology', '', 'Compile for one chip of this TPU: v5e:2x2.')
 
 
 def measure(plan: config.Plan, device: jax.Device, training: bool) -> int:
@@ -59,21 +59,6 @@ def supports(name: str, remat: str) -> bool:
   return True
 
 
-def find_device(topology: str) -> jax.Device:
-  """A device to compile for: a chip of a TPU topology that nobody needs to have, or the default."""
-  if not topology:
-    return jax.devices()[0]
-  from jax.experimental import topologies
-
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-  except Exception as error:  # libtpu is absent, locked by another process, or knows no such name
-    reason = str(error).splitlines()[0]
-    raise UserError(
-      f"--tpu {topology!r} does not work: {reason}; pip install 'jax[tpu]'"
-    ) from error
-
-
 def show(peaks: dict[tuple[str, str], int], first: str) -> str:
   """{(network, 'inference' or remat): bytes} as a table."""
 
@@ -98,7 +83,7 @@ def main(_) -> None:
   for remat in _REMATS.value:
     if remat not in REMATS:
       raise UserError(f'--remats {remat!r} must be some of {", ".join(REMATS)}')
-  device = find_device(_TPU.value)
+  device = fit.find_devices(_TOPOLOGY.value)[0]
   peaks = {}
   for name in _NETWORKS.value:
     for remat in _REMATS.value:
@@ -107,7 +92,7 @@ def main(_) -> None:
         peaks[name, remat] = measure(plan, device, training=True)
     plan = common.imagenet_plan(name, 'none', _BATCH.value, _SIZE.value, _DTYPE.value)
     peaks[name, 'inference'] = measure(plan, device, training=False)
-  target = f'one chip of TPU {_TPU.value}' if _TPU.value else device.device_kind
+  target = f'one chip of TPU {_TOPOLOGY.value}' if _TOPOLOGY.value else device.device_kind
   print(
     f'\nPeak memory, batch {_BATCH.value} of {_SIZE.value} pixels, {_DTYPE.value}, compiled for '
     f'{target}\n\n{show(peaks, _NETWORKS.value[0])}'

@@ -70,6 +70,21 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
   return chip.peak * count_chips(devices) if chip else None
 
 
+def seconds_at_best(devices: Sequence[jax.Device], flops: float, accessed: float) -> float | None:
+  """The least time that the devices could take for a program; None where that is not known.
+
+  Args:
+    devices: equal ones.
+    flops: operations of all devices together, at their bfloat16 peak.
+    accessed: bytes that each device reads and writes in its memory, at its full bandwidth.
+  """
+  chip = CHIPS.get(devices[0].device_kind)
+  if chip is None:
+    return None
+  share = count_chips(devices) / len(devices)  # of a chip, that a device is
+  return max(flops / (chip.peak * count_chips(devices)), accessed / (chip.bandwidth * share))
+
+
 def _host_memory() -> int:
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:

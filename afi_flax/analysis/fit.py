@@ -99,9 +99,16 @@ def row(
   evaluation: Compiled,
   **about: Any,
 ) -> Row:
-  """One line of figures: `about`, then numbers in MiB, seconds and 1e9 FLOPs."""
+  """One line of figures: `about`, then numbers in the units that their names end in.
+
+  `..._at_best`: if the step did nothing but its operations at the chips' peak, or nothing but what
+  it reads and writes at their full bandwidth, whichever takes longer; hours are of the whole run,
+  its evaluations left out.
+  """
   there = hardware.memory_bytes(devices)
-  flops = cost.train_flops(create_model(**vars(plan.model)), plan.data.image_size)
+  model = create_model(**vars(plan.model))
+  flops = cost.train_flops(model, plan.data.image_size) * plan.batch_size
+  seconds = hardware.seconds_at_best(devices, flops, training.accessed)
   sums = training.collectives.get('all-reduce', memory.Collectives(0, 0))
   others = {k: v.number for k, v in training.collectives.items() if k != 'all-reduce'}
   return {
@@ -117,8 +124,10 @@ def row(
     'all_reduces': sums.number,
     'all_reduce_mib': round(sums.bytes / memory.MIB, 2),
     'other_collectives': others,
-    'gflops_per_step': round(flops * plan.batch_size / 1e9, 1),
+    'gflops_per_step': round(flops / 1e9, 1),
     'accessed_mib': round(training.accessed / memory.MIB),
+    'step_ms_at_best': seconds and round(1e3 * seconds, 2),
+    'hours_at_best': seconds and round(plan.optim.total_steps * seconds / 3600, 2),
     'compile_s': round(training.seconds, 1),
     'eval_peak_mib': round(evaluation.peak / memory.MIB, 1),
     'eval_compile_s': round(evaluation.seconds, 1),

@@ -7,9 +7,7 @@ from afi_flax.analysis import devices
 
 
 def tpu(kind, coords, slice_index=0):
-  return SimpleNamespace(
-    platform='tpu', device_kind=kind, coords=coords, slice_index=slice_index
-  )
+  return SimpleNamespace(platform='tpu', device_kind=kind, coords=coords, slice_index=slice_index)
 
 
 def test_the_cores_of_a_chip_share_what_it_has():
@@ -24,6 +22,13 @@ def test_slices_have_the_same_coordinates():
   assert devices.count_chips(chips) == 6
   assert devices.memory_bytes(chips) == 16 * devices.GIB
   assert devices.peak_flops(chips) == 6 * 197e12
+
+
+def test_the_slower_of_computing_and_memory():
+  cores = [tpu('TPU v3', (x, 0, 0)) for x in range(2) for _ in range(2)]
+  assert devices.seconds_at_best(cores, 2 * 123e12, 225e9) == 1.0
+  assert devices.seconds_at_best(cores, 1e12, 450e9) == 1.0
+  assert devices.seconds_at_best(jax.devices(), 1e12, 1e9) is None
 
 
 def test_what_is_not_known():

@@ -1,0 +1,84 @@
+"""The same run on one process and on several: its losses side by side.
+
+  python -m benchmarks.processes --json results/processes/losses.json
+  python -m benchmarks.processes --counts 1,2,4,8 --steps 200
+
+The processes talk to each other as hosts do, each with one CPU device. The examples are the same
+by construction, and tested; what differs is the order in which numbers are added up, and training
+doubles such a difference every few steps.
+"""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from afi_flax import commands
+from afi_flax.analysis import tables
+from afi_flax.errors import UserError
+from afi_flax.workdir import Workdir
+from benchmarks import common
+
+_CONFIG = 'configs/digits_afi_resnet20.py'
+_COUNTS = flags.DEFINE_list('counts', ['1', '2', '4'], 'Numbers of processes.')
+_STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take.', lower_bound=1)
+
+
+def train(folder: pathlib.Path, count: int) -> list[float]:
+  """Losses of the first steps, on so many processes."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [
+    sys.executable, '-m', 'afi_flax.main', '--config', _CONFIG, '--workdir', str(folder),
+    f'--config.run.max_steps={_STEPS.value}', '--config.run.log_every_steps=1',
+  ]  # fmt: skip
+  if count > 1:
+    command += [f'--coordinator=127.0.0.1:{port}', f'--processes={count}']
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
+  running = [
+    subprocess.Popen(
+      [*command, f'--process={i}'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    for i in range(count)
+  ]
+  for process, (_, error) in [(process, process.communicate()) for process in running]:
+    if process.returncode:
+      raise UserError(f'a run on {count} processes failed: {error.decode()[-1000:]}')
+  return [r['loss'] for r in Workdir(folder).read_metrics() if r['split'] == 'train']
+
+
+def show(losses: dict[int, list[float]]) -> str:
+  """{processes: losses} as a table, and how far apart they are at most."""
+  first, *others = losses
+  rows = []
+  for step, values in enumerate(zip(*losses.values(), strict=True), start=1):
+    row = {'step': step}
+    for count, value in zip(losses, values, strict=True):
+      row |= {f'{count} process{"es" * (count > 1)}': f'{value:.7f}'}
+    rows.append(row)
+  lines = [tables.text(rows), '']
+  for count in others:
+    pairs = zip(losses[first], losses[count], strict=True)
+    most = max(abs(a - b) / abs(a) for a, b in pairs)
+    lines.append(f'{count} against {first}: at most {most:.1e} of the loss apart')
+  return '\n'.join(lines)
+
+
+def main(_) -> None:
+  losses = {}
+  with tempfile.TemporaryDirectory() as folder:
+    for count in map(int, _COUNTS.value):
+      print(f'training on {count} ...', file=sys.stderr, flush=True)
+      losses[count] = train(pathlib.Path(folder) / str(count), count)
+  print(show(losses))
+  if common.JSON.value:
+    common.write_json(common.JSON.value, config=_CONFIG, losses=losses)
+
+
+if __name__ == '__main__':
+  commands.run(main)
