@@ -27,7 +27,7 @@ def test_what_does_not_fit(monkeypatch):
   monkeypatch.setattr(memory.hardware, 'memory_bytes', lambda devices: None)
   assert memory.check_fits(compiled, jax.devices(), 'use less') == '2 MiB'
   monkeypatch.setattr(memory.hardware, 'memory_bytes', lambda devices: memory.MIB)
-  with pytest.raises(UserError, match='needs 2 MiB of memory .* which has 1; use less'):
+  with pytest.raises(UserError, match=r'needs 2 MiB of memory .* which has 1; use less'):
     memory.check_fits(compiled, jax.devices(), 'use less')
 
 
