@@ -6,6 +6,7 @@ changes in a local folder.
 """
 
 import contextlib
+import math
 import pathlib
 import threading
 import time
@@ -17,11 +18,7 @@ from afi_flax import files
 
 
 class Lock:
-  """An object that one process holds for as long as it writes it again and again.
-
-  Attributes:
-    lost: what those wrote who have taken it away from this process; None while it is held.
-  """
+  """An object that one process holds for as long as it writes it again and again."""
 
   def __init__(self, path: epath.Path, beat: float = 10.0, limit: float = 60.0):
     """Takes nothing yet.
@@ -31,12 +28,33 @@ class Lock:
       beat: seconds between two heartbeats.
       limit: seconds without a heartbeat after which others take it.
     """
-    self.lost: bytes | None = None
+    self._lost: bytes | None = None
+    self._heard = math.inf  # when the last heartbeat that got through was begun
     self._path, self._beat, self._limit = path, beat, limit
     self._content = b''
     self._generation = 0  # of the object as this process has written it
     self._released = threading.Event()
     self._thread = threading.Thread(target=self._keep, daemon=True)
+
+  @property
+  def lost(self) -> bytes | None:
+    """What those wrote who have taken it away, b'' if that is not known; None while it is held.
+
+    Without a heartbeat that has got through for as long as others wait for one, it is not held.
+    """
+    return b'' if self._unheard() else self._lost
+
+  def poll(self) -> bytes | None:
+    """What `lost` says; RuntimeError where no heartbeat has got through for too long."""
+    if self._unheard():  # not a mistake of the user: the exit status has the run started again
+      raise RuntimeError(
+        f'{self._path} could not be written for {self._limit:g} s, so that another run may have '
+        'taken it; the same command goes on when the bucket can be reached'
+      )
+    return self._lost
+
+  def _unheard(self) -> bool:
+    return self._lost is None and time.monotonic() - self._heard > self._limit
 
   def take(self, content: bytes) -> bytes | None:
     """Takes it, after a wait where its holder may be dead.
@@ -60,7 +78,7 @@ class Lock:
     """Gives it back, if it is still held."""
     self._released.set()
     self._thread.join()
-    if self.lost is None:
+    if self._lost is None:
       # A failure is not worth an error: without heartbeats the lock is void after a while.
       with contextlib.suppress(OSError), files.os_errors(self._path):
         files.blob(self._path).delete(if_generation_match=self._generation, timeout=self._beat)
@@ -87,18 +105,20 @@ class Lock:
 
   def _put(self, generation: int) -> bool:
     """Writes it if it is of that generation (0: if there is none); whether it did."""
+    start = time.monotonic()
     try:
       with files.os_errors(self._path):
         blob = files.blob(self._path)
         blob.upload_from_string(
           self._content, if_generation_match=generation, timeout=self._beat, retry=None
         )
-        self._generation = blob.generation
+        self._generation, self._heard = blob.generation, start
     except FileExistsError:
       seen = self._look()
       if seen is None or seen[2] != self._content:
         return False
-      self._generation = seen[0]  # written by a request whose answer was lost
+      # Written by an earlier request, whose answer was lost.
+      self._generation, self._heard = seen[0], min(self._heard, start)
     return True
 
   def _look(self) -> tuple[int, float, bytes] | None:
@@ -122,12 +142,13 @@ class Lock:
       try:
         if not self._put(self._generation):
           seen = self._look()
-          self.lost = seen[2] if seen else b''
+          self._lost = seen[2] if seen else b''
           return
         failing = False
-      except OSError as error:  # if others take the lock meanwhile, the next heartbeat finds it out
+      except Exception as error:  # whatever it is, nobody else would see to the lock
+        # If others take it meanwhile, the next heartbeat finds it out.
         if not failing:
-          logging.warning('no heartbeat to %s: %s; trying again', self._path, error.strerror)
+          logging.warning('no heartbeat to %s: %s; trying again', self._path, error)
         failing = True
 
 

@@ -5,6 +5,7 @@ The only reader of ConfigDict keys, and the place where a wrong one is explained
 
 import dataclasses
 import math
+import traceback
 from typing import Any
 
 import ml_collections
@@ -185,9 +186,16 @@ def resolve(
   try:
     completed = ml_collections.ConfigDict(complete(config.to_dict()))
     return _resolve(completed, device_count, dataset)
-  except (AttributeError, KeyError) as error:  # of ml_collections
+  except (AttributeError, KeyError) as error:
+    if not _raised_by_ml_collections(error):
+      raise
     missing = str(error).replace('\\n', ' ').strip('\'"')
     raise UserError(f'the config lacks a key: {missing}; compare configs/common.py') from error
+
+
+def _raised_by_ml_collections(error: Exception) -> bool:
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals['__name__'].startswith('ml_collections.')
 
 
 def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Dataset | None) -> Plan:
@@ -267,7 +275,7 @@ def _micro_batches(micro_batches: int, batch: int, device_count: int) -> int:
 def _batch_norm_parts(scope: str, device_count: int) -> int:
   if scope == 'global':
     return 1
-  group = 1 if scope == 'device' else int(scope) if scope.isdigit() else 0
+  group = 1 if scope == 'device' else int(scope) if scope.isdecimal() else 0
   group = min(group, device_count)
   if not group or device_count % group:
     raise UserError(
@@ -299,6 +307,8 @@ def _data(data: ml_collections.ConfigDict) -> Data:
   for key in ('mean', 'std'):
     if len(data[key]) != 3:
       raise UserError(f'data.{key} {tuple(data[key])} must have 3 values, one a channel')
+    if not all(map(math.isfinite, data[key])):
+      raise UserError(f'data.{key} {tuple(data[key])} must be finite')
   if min(data.std) <= 0:
     raise UserError(f'data.std {tuple(data.std)} must be more than 0')
   vectors = {key: tuple(data[key]) for key in ('mean', 'std', 'color_jitter')}
@@ -338,8 +348,7 @@ def _regularisation(config: ml_collections.ConfigDict) -> Regularisation:
     ('model.drop_path', made.drop_path),
     ('ema_decay', made.ema_decay),
   ):
-    if not 0 <= value < 1:
-      raise UserError(f'{key} {value} must be at least 0 and less than 1')
+    _at_least(key, value, 0, below=1)
   if not 0 <= made.erasing <= 1:
     raise UserError(f'data.erasing {made.erasing} must be a probability, 0 to 1')
   _at_least('data.mixup', made.mixup, 0)
@@ -374,7 +383,8 @@ def _optim(
   for key, value in (('schedule.base_lr', schedule.base_lr), ('schedule.factor', schedule.factor)):
     if not 0 < value < math.inf:
       raise UserError(f'{key} {value} must be more than 0')
-  for key in ('momentum', 'weight_decay', 'clip_norm'):
+  _at_least('optimizer.momentum', optimizer.momentum, 0, below=1)
+  for key in ('weight_decay', 'clip_norm'):
     _at_least(f'optimizer.{key}', optimizer[key], 0)
   _at_least('schedule.warmup_epochs', schedule.warmup_epochs, 0)
   fractions = tuple(schedule.boundaries)
@@ -412,7 +422,7 @@ def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: in
     ('profile_steps', 0),
   ):
     _at_least(f'run.{key}', run[key], low)
-  if run.eval_every_epochs <= 0:
+  if not run.eval_every_epochs > 0:
     raise UserError(f'run.eval_every_epochs {run.eval_every_epochs} must be more than 0')
   return Run(
     resume=run.resume,
@@ -427,9 +437,11 @@ def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: in
   )
 
 
-def _at_least(key: str, value: Any, low: float) -> None:
-  if not value >= low:
-    raise UserError(f'{key} {value} must be at least {low}')
+def _at_least(key: str, value: float, low: float, below: float = math.inf) -> None:
+  if not low <= value < below:
+    limit = f' and less than {below}' if below < math.inf else ''
+    finite = '' if math.isfinite(value) else ' finite and'
+    raise UserError(f'{key} {value} must be{finite} at least {low}{limit}')
 
 
 def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
@@ -465,7 +477,7 @@ def parse_variant(
       raise UserError(f'config variants {clash[0]!r} and {part!r} do not go together; use one')
     given[name] = part
     if isinstance(values[name], tuple):
-      if not equals or not all(n.isdigit() for n in value.split('+')):
+      if not equals or not all(n.isdecimal() for n in value.split('+')):
         raise UserError(f'config variant {part!r} must be {name}=1 or {name}=1+2')
       values[name] = tuple(int(n) for n in value.split('+'))
     elif equals:

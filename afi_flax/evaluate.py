@@ -37,6 +37,7 @@ class Evaluator:
     self._source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
     self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
     self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
+    run.check_same_data(plan.dataset, len(self._source))
     self._host_batches().close()  # a size that does not go with the pictures shows now
     self._step = jax.jit(
       steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
@@ -47,14 +48,15 @@ class Evaluator:
     self,
     variables: dict,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[int], bool] = lambda batches: False,
   ) -> dict | None:
     """Counts every example of the split once.
 
     Args:
       variables: `params` and `batch_stats`, on the mesh.
       on_progress: told (examples done, examples in all).
-      should_stop: asked after every batch; where it says so, the evaluation ends with None.
+      should_stop: asked after every batch, with their number so far; where it says so, the
+        evaluation ends with None. All processes have as many batches.
 
     Returns:
       `split`, `loss` (nats), `top1` and `top5` (fractions), `examples` and `images_per_second`.
@@ -75,7 +77,7 @@ class Evaluator:
         if len(parts) > 2:  # not further ahead of the device than the bar should be
           parts[-3]['examples'].block_until_ready()
         on_progress(min(done * self._batch_size, total), total)
-        if should_stop():
+        if should_stop(done):
           return None
     finally:
       batches.close()

@@ -139,7 +139,9 @@ def os_errors(path: epath.Path) -> Iterator[None]:
   """Inside it, what Google's libraries raise is an OSError, as it would be for a file."""
   from google.api_core import exceptions
   from google.auth.exceptions import GoogleAuthError
+  from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
+  broken = (exceptions.GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, OSError)
   try:
     yield
   except exceptions.PreconditionFailed as error:
@@ -148,7 +150,7 @@ def os_errors(path: epath.Path) -> Iterator[None]:
     raise FileNotFoundError(errno.ENOENT, 'there is no such object or bucket', str(path)) from error
   except (FileExistsError, FileNotFoundError, PermissionError):
     raise
-  except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
+  except broken as error:
     why = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     number = errno.EACCES if isinstance(error, exceptions.Forbidden) else errno.EIO
     raise OSError(number, why, str(path)) from error

@@ -5,10 +5,11 @@
   python -m afi_flax.fit --config configs/cifar100_afi_resnet32.py          for this machine
 
 Prints the memory that training and evaluation need on a chip beside what it has, the network's
-FLOPs in a step, what the chips exchange, and how long the run takes at least: its memory traffic at
-full bandwidth, or its FLOPs at full speed. TPUs need `pip install 'jax[tpu]'` and minutes of
-compiling; how many depends on the network, hardly on the number of chips. --json FILE adds the
-figures as a row to a list in that file, in the place of an older row of the same run.
+FLOPs in a step, what the chips exchange, and how long the run takes at least: its memory traffic (by
+the compiler's estimate) at full bandwidth, or its FLOPs at full speed. TPUs need
+`pip install 'jax[tpu]'` and minutes of compiling; how many depends on the network, hardly on the
+number of chips. --json FILE adds the figures as a row to a list in that file, in the place of an
+older row of the same run.
 """
 
 import concurrent.futures
@@ -28,7 +29,7 @@ from afi_flax.report import Console
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The run: configs/NAME.py[:VARIANT].')
 _TOPOLOGY = flags.DEFINE_string('topology', '', "v5e:4x8, v4:2x2x1; '': this machine's devices.")
 _JSON = flags.DEFINE_string('json', None, 'A list of rows to add this one to.')
-_KEY = ('config', 'topology', 'batch_per_chip', 'bn_scope', 'dtype')  # what a row is about
+_KEY = ('config', 'overrides', 'topology')  # what a row is about
 
 
 def main(_) -> None:
@@ -37,25 +38,33 @@ def main(_) -> None:
   if _JSON.value:  # mistakes show before the work
     tables.check_writable(_JSON.value)
     _rows(_JSON.value)
-  path = config_flags.get_config_filename(flags.FLAGS['config'])
-  scope = _CONFIG.value.batch_norm.scope
-  about = {'config': path, 'topology': _TOPOLOGY.value, 'bn_scope': scope}
-  row = _in_another_process(_CONFIG.value.to_dict(), _TOPOLOGY.value, about)
+  given = flags.FLAGS['config']
+  about = {
+    'config': config_flags.get_config_filename(given),
+    'overrides': config_flags.get_override_values(given),
+    'topology': _TOPOLOGY.value,
+    'bn_scope': _CONFIG.value.batch_norm.scope,
+  }
+  row, cure = _in_another_process(_CONFIG.value.to_dict(), _TOPOLOGY.value, about)
   print(_describe(row))
   if _JSON.value:
     _add(row, _JSON.value)
   if row['hbm_mib'] and max(row['peak_mib'], row['eval_peak_mib']) > row['hbm_mib']:
-    raise UserError(f'it does not fit; {memory.train_cure(row["batch_per_chip"])}')
+    raise UserError(f'it does not fit; {cure}')
 
 
-def _measure(run: dict, topology: str, about: fit.Row) -> fit.Row:
+def _measure(run: dict, topology: str, about: fit.Row) -> tuple[fit.Row, str]:
+  """The figures, and what to do if they are too large."""
   devices = fit.find_devices(topology)
   plan = config.resolve(ml_collections.ConfigDict(run), len(devices))
   training, evaluation = (fit.compile_step(plan, devices, training) for training in (True, False))
-  return fit.row(plan, devices, training, evaluation, **about)
+  cure = memory.train_cure(plan, len(devices))
+  if evaluation.peak > training.peak:
+    cure = memory.EVAL_CURE
+  return fit.row(plan, devices, training, evaluation, **about), cure
 
 
-def _in_another_process(run: dict, topology: str, about: fit.Row) -> fit.Row:
+def _in_another_process(run: dict, topology: str, about: fit.Row) -> tuple[fit.Row, str]:
   """`_measure`, watched: libtpu ends the process that it fails in, and takes minutes."""
   console, start = Console(), time.monotonic()
   context = multiprocessing.get_context('spawn')
@@ -77,8 +86,6 @@ def _in_another_process(run: dict, topology: str, about: fit.Row) -> fit.Row:
 
 def _describe(row: fit.Row) -> str:
   """The figures of a row for people."""
-  others = [f'{n} {kind}' for kind, n in row['other_collectives'].items()]
-  sums = f'{row["all_reduces"]} all-reduces of {row["all_reduce_mib"]:,.1f} MiB'
   table = tables.text(
     [
       {
@@ -90,9 +97,16 @@ def _describe(row: fit.Row) -> str:
       for step, prefix in (('training', ''), ('evaluation', 'eval_'))
     ]
   )
-  at_best = ''
+  step = f'A training step: {row["gflops_per_step"]:,} GFLOP in all'
+  if row['accessed_mib'] is not None:
+    others = [f'{n} {kind}' for kind, n in row['other_collectives'].items()]
+    sums = f'{row["all_reduces"]} all-reduces of {row["all_reduce_mib"]:,.1f} MiB'
+    step += (
+      f'; each device reads and writes {row["accessed_mib"]:,} MiB, and takes part in '
+      f'{", ".join([sums, *others])}'
+    )
   if row['hours_at_best'] is not None:
-    at_best = (
+    step += (
       f'; at best {row["step_ms_at_best"]:,.1f} ms, {row["hours_at_best"]:,.1f} hours for the run'
     )
   return '\n'.join(
@@ -100,8 +114,7 @@ def _describe(row: fit.Row) -> str:
       f'{row["network"]} ({row["dtype"]}), {row["batch_per_chip"]} pictures of {row["image_size"]} '
       f'pixels a chip, {row["chips"]} chips, batch_norm.scope {row["bn_scope"]}',
       table,
-      f'A training step: {row["gflops_per_step"]:,} GFLOP in all; each device reads and writes '
-      f'{row["accessed_mib"]:,} MiB, and takes part in {", ".join([sums, *others])}{at_best}',
+      step,
     )
   )
 

@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder; the same comm
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train also evaluates as it goes.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', 'For eval: last, best or a step.')
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'Of several processes: HOST:PORT of the first.'
+  'coordinator', None, 'Of several processes: HOST:PORT of the first; JAX takes PORT + 1 there.'
 )
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
 _PROCESS = flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')

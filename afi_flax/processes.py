@@ -28,9 +28,11 @@ import jax
 
 from afi_flax.errors import StoppedError, UserError
 
-PORT = 8482  # where process 0 calls the roll, unless the flags or SLURM's job say another
+# Where process 0 calls the roll, unless the flags or SLURM's job say another; JAX takes the next.
+PORT = 8482
 _MISTAKE, _FAILURE = 2, 1  # exit status
 _PARTING = 5.0  # seconds that a process which ends gives the others to hear why
+_OPENING = 30.0  # seconds that process 0 may take from the roll call until JAX listens there
 _GRACE = 2.0  # seconds in which the reason for another process's end comes in
 
 
@@ -42,7 +44,7 @@ class Place:
     index: from 0.
     count: of all processes.
     host: name or address of process 0.
-    port: where process 0 calls the roll.
+    port: where process 0 calls the roll. JAX's own coordinator listens on the next one.
     names: hosts of all processes in their order, where they are known; else ().
     told_by: who said so.
     local_devices: accelerators of the host that are this process's; None: all.
@@ -60,6 +62,10 @@ class Place:
     """'process 3 (host-3)', or without the host where it is not known."""
     return f'process {index}' + (f' ({self.names[index]})' if self.names else '')
 
+  def address(self, port: int) -> str:
+    """'host:port' of process 0."""
+    return f'{_bracketed(self.host)}:{port}'
+
 
 def find(
   coordinator: str | None = None,
@@ -70,7 +76,7 @@ def find(
   """This process's place, by flags where they are given, else by its surroundings.
 
   Args:
-    coordinator: HOST:PORT of process 0.
+    coordinator: HOST:PORT of process 0, where PORT + 1 is free too.
     count: how many processes there are.
     index: which one this is.
     environ: the environment's variables.
@@ -85,8 +91,8 @@ def find(
     raise UserError('several processes need both --processes and --coordinator HOST:PORT')
   if coordinator:
     host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-      raise UserError(f'--coordinator {coordinator!r} must be HOST:PORT')
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+      raise UserError(f'--coordinator {coordinator!r} must be HOST:PORT, with PORT from 1 to 65534')
     if not 0 <= index < count:
       raise UserError(f'--process {index} must be from 0 to {count - 1}, as --processes is {count}')
     return Place(index, count, host.strip('[]'), int(port))
@@ -142,7 +148,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     index=int(environ['SLURM_PROCID']),
     count=int(environ.get('SLURM_STEP_NUM_TASKS', len(names))),
     host=nodes[0],
-    port=61440 + job % 4096,  # jobs that share a node take different ones
+    port=61440 + job % 2048 * 2,  # jobs that share a node take different pairs
     names=names,
     told_by='SLURM',
     local_devices=local,
@@ -223,7 +229,8 @@ def together(
     timeout: seconds in which all must have come up.
 
   Raises:
-    UserError: a process did not come up, two are the same, or what must be agreed differs.
+    UserError: a process did not come up, two are the same, what must be agreed differs, or JAX
+      cannot listen at process 0 or be reached there.
   """
   if place is None:
     yield
@@ -231,20 +238,32 @@ def together(
   group = _Group(place)
   with group.failing_together():
     if place.index == 0:
-      port, rows = group.call_roll(dict(agreed), timeout)
-    else:
-      port, rows = group.answer_roll(dict(agreed), timeout)
-    if place.index == 0:
+      rows = group.call_roll(dict(agreed), timeout)
       print(_table(place, rows), file=sys.stderr, flush=True)
+    else:
+      group.answer_roll(dict(agreed), timeout)
+      group.await_jax(_OPENING)
+    _start_jax(place, timeout)
+    yield
+
+
+def _start_jax(place: Place, timeout: float) -> None:
+  address = place.address(place.port + 1)
+  try:
     jax.distributed.initialize(
-      f'{_bracketed(place.host)}:{port}',
+      address,
       place.count,
       place.index,
       local_device_ids=place.local_devices,
       cluster_detection_method='deactivate',
       initialization_timeout=max(int(timeout), 1),
     )
-    yield
+  except jax.errors.JaxRuntimeError as error:
+    why = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'JAX cannot start its coordinator at {address}: {why}; '
+      'end what uses that port, or give --coordinator another one, of which JAX takes the next'
+    ) from error
 
 
 def _bracketed(host: str) -> str:
@@ -307,10 +326,10 @@ class _Group:
     self._peers: list[_Peer] = []
     self._ending = threading.Lock()  # taken for good by the first who finds that this ends
 
-  def call_roll(self, agreed: dict[str, str], timeout: float) -> tuple[int, list[dict]]:
-    """For process 0: waits for all others; JAX's port, and host and address of each process."""
+  def call_roll(self, agreed: dict[str, str], timeout: float) -> list[dict]:
+    """For process 0: waits for all others; host and address of each process."""
     place, deadline = self.place, time.monotonic() + timeout
-    rows = {0: {'host': socket.gethostname(), 'address': f'{place.host}:{place.port}'}}
+    rows = {0: {'host': socket.gethostname(), 'address': place.address(place.port)}}
     objections = []
     with self._listen() as server:
       while len(self._peers) < place.count - 1:  # all, so that all hear of an objection
@@ -325,13 +344,11 @@ class _Group:
             objections.append(objection)
     if objections:
       raise UserError(objections[0])
-    with socket.create_server(('', 0)) as free:
-      port = free.getsockname()[1]
     ordered = [rows[i] for i in range(place.count)]
     for peer in self._peers:
-      peer.send(port=port, rows=ordered)
+      peer.send(rows=ordered)
       self._watch(peer)
-    return port, ordered
+    return ordered
 
   def _listen(self) -> socket.socket:
     port = self.place.port
@@ -378,38 +395,53 @@ class _Group:
       'see why in the output there, or give more --start_timeout'
     )
 
-  def answer_roll(self, agreed: dict[str, str], timeout: float) -> tuple[int, list[dict]]:
+  def answer_roll(self, agreed: dict[str, str], timeout: float) -> list[dict]:
     """For the others: calls in at process 0, and waits until it says that all have."""
     place = self.place
-    peer = _Peer(self._reach_first(time.monotonic() + timeout, timeout), place.name(0))
+    connection, why = self._reach_first(place.port, timeout)
+    if not connection:
+      raise UserError(
+        f'{place.name(0)} at {place.address(place.port)} did not come up within {timeout:g} s: '
+        f'{why}; see why in the output there, or give more --start_timeout'
+      )
+    peer = _Peer(connection, place.name(0))
     self._peers.append(peer)
     peer.send(index=place.index, count=place.count, host=socket.gethostname(), agreed=agreed)
     # Process 0 may have come up as late as this one may, and then waits as long as that.
     answer = peer.hear(timeout + _PARTING)
-    if 'port' not in answer:
+    if 'rows' not in answer:
       self._peers.clear()  # the others know already
       peer.close()
       raise UserError(answer.get('failed', f'{peer.name} ended while the processes were starting'))
     self._watch(peer)
-    return answer['port'], answer['rows']
+    return answer['rows']
 
-  def _reach_first(self, deadline: float, timeout: float) -> socket.socket:
-    place = self.place
+  def await_jax(self, timeout: float) -> None:
+    """For the others: waits until JAX's coordinator can be reached, without which JAX aborts."""
+    port = self.place.port + 1
+    connection, why = self._reach_first(port, timeout)
+    if not connection:
+      raise UserError(
+        f"JAX's coordinator at {self.place.address(port)} cannot be reached: {why}; "
+        f'let both ports, {port - 1} and {port}, through the firewall'
+      )
+    connection.close()
+
+  def _reach_first(self, port: int, timeout: float) -> tuple[socket.socket | None, str]:
+    """A connection to process 0; or why there was none within so many seconds."""
+    deadline = time.monotonic() + timeout
     while True:
       try:
-        connection = socket.create_connection((place.host, place.port), timeout=10)
+        connection = socket.create_connection((self.place.host, port), timeout=10)
         # Where process 0 would be on this very host, a connection can be one to itself.
         if connection.getsockname() != connection.getpeername():
-          return connection
+          return connection, ''
         connection.close()
         why = 'nobody listens there'
       except OSError as error:
         why = error.strerror or str(error)
       if time.monotonic() > deadline:
-        raise UserError(
-          f'{place.name(0)} at {_bracketed(place.host)}:{place.port} did not come up within '
-          f'{timeout:g} s: {why}; see why in the output there, or give more --start_timeout'
-        )
+        return None, why
       time.sleep(0.2)
 
   def _watch(self, peer: _Peer) -> None:

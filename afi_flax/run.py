@@ -110,13 +110,31 @@ def load_run(
   )
 
 
+def check_same_data(dataset: config_lib.Dataset, num_eval: int) -> None:
+  """All processes must ask.
+
+  Args:
+    dataset: as this process finds it, or as the run has it.
+    num_eval: how many examples this process finds to evaluate.
+
+  Raises:
+    UserError: a process finds others than the first.
+  """
+  if (other := sharding.process_that_differs(repr((dataset, num_eval)))) is not None:
+    raise UserError(
+      f'process {other} finds other data than process 0; this one, {jax.process_index()}, finds '
+      f'{dataset.num_train:,} training and {num_eval:,} evaluation examples of '
+      f'{len(dataset.class_names)} classes; all hosts need the same files in data.data_dir'
+    )
+
+
 def restore(
   folder: Workdir, abstract: state_lib.TrainState, checkpoint: str
 ) -> tuple[state_lib.TrainState, int]:
   """The state of the 'last', the 'best' or a numbered checkpoint, and its step."""
-  if checkpoint not in ('last', 'best') and not checkpoint.isdigit():
+  if checkpoint not in ('last', 'best') and not checkpoint.isdecimal():
     raise UserError(f'checkpoint {checkpoint!r} must be last, best or the number of a step')
-  step = int(checkpoint) if checkpoint.isdigit() else None
+  step = int(checkpoint) if checkpoint.isdecimal() else None
   place = folder.best if checkpoint == 'best' else folder.checkpoints
   with contextlib.ExitStack() as stack:
     checkpoints, best = (

@@ -5,6 +5,7 @@ One axis, 'data': every device holds the whole state and an equal share of the b
 there are.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on any process. All of them must ask."""
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def process_that_differs(text: str) -> int | None:
+  """The first process whose text is not the first process's, or None. All of them must ask."""
+  if jax.process_count() == 1:
+    return None
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+  digests = multihost_utils.process_allgather(digest)  # [P,8]
+  differ = np.flatnonzero((digests != digests[:1]).any(axis=1))
+  return int(differ[0]) if differ.size else None
 
 
 def first_process_says(value: float) -> float:

@@ -105,7 +105,10 @@ def _inputs(
   data: config.Data,
   how: config.Step,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Pictures f32, targets (i32 [B], or f32 [B,K] where they are soft), and what else to apply."""
+  """Pictures f32, targets (i32 [B], or f32 [B,K] where they are soft), and what else to apply.
+
+  Mixed, normalised, then erased: timm's order with its prefetcher, as its train.py does by default.
+  """
   r, images, targets = how.regularisation, batch['image'], batch['label']
   if r.loss == 'bce' or r.label_smoothing or r.mixup or r.cutmix:
     targets = losses.soft_targets(targets, model.num_classes, r.label_smoothing)

@@ -104,7 +104,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
           workdir.sync()
           checkpoints.save(step, state)
         if evaluate:
-          record = evaluator(state.eval_variables, reporter.evaluating, lambda: _stopping(signals))
+          record = evaluator(
+            state.eval_variables, reporter.evaluating, lambda batches: _stopping(signals, batches)
+          )
           stop = stop or record is None
           if record:
             if record['top1'] >= best_top1:
@@ -117,7 +119,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
 
         if step == start:
           batch = next(batches)
-          train_step = _compile(train_step, state, batch, mesh, reporter)
+          train_step = _compile(train_step, state, batch, plan, mesh, reporter)
           clock.resume()
         else:
           clock.resume()
@@ -215,13 +217,13 @@ def _host_batches(plan: config_lib.Plan, source, data_step: int):
   )
 
 
-def _compile(train_step, state, batch, mesh, reporter: report.Reporter):
+def _compile(train_step, state, batch, plan: config_lib.Plan, mesh, reporter: report.Reporter):
   """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
 
   Says what memory the step needs, or raises UserError if a device has less.
   """
   start = time.perf_counter()
-  cure = memory.train_cure(len(batch['label']) // mesh.size)
+  cure = memory.train_cure(plan, mesh.size)
   compiled = memory.compile_or_explain(train_step.lower(state, batch), cure)
   needs = memory.check_fits(compiled, mesh.local_devices, cure)
   seconds = time.perf_counter() - start
@@ -229,15 +231,14 @@ def _compile(train_step, state, batch, mesh, reporter: report.Reporter):
   return compiled
 
 
-def _stopping(signals: StopSignals, step: int | None = None) -> bool:
-  """Whether to stop now.
+def _stopping(signals: StopSignals, step: int) -> bool:
+  """Whether to stop after this step, or batch of an evaluation.
 
-  Several processes must agree: every few steps, as it costs a trip, and not within an evaluation.
+  Several processes must agree: every few steps, as it costs a trip.
   """
   if jax.process_count() == 1:
     return signals.requested is not None
-  agreeing = step is not None and step % MAX_AHEAD == 0
-  return agreeing and sharding.any_process(signals.requested is not None)
+  return step % MAX_AHEAD == 0 and sharding.any_process(signals.requested is not None)
 
 
 def _check_finite(losses: collections.deque, step: int, ahead: int = 0) -> None:

@@ -38,7 +38,9 @@ from afi_flax.errors import UserError
 
 Json = Any  # what json.loads returns
 
-_PATIENCE = 10.0  # seconds that a shared file system may take to show what another host wrote
+# Seconds that a shared file system may take to show what another host wrote: an NFS client may go
+# on saying for 30 s (its acdirmin) that there is no such file.
+_PATIENCE = 45.0
 _BUCKET_PATIENCE = 120.0  # the writer may have to wait until a dead run's lock is void
 _SHOWN = 5  # differing keys that an error names
 
@@ -132,10 +134,15 @@ class Workdir:
       yield
 
   def poll(self) -> None:
-    """UserError if another run has taken the lock away; cheap, to be called once a step."""
-    if self._lock is not None and self._lock.lost is not None:
+    """For every step; cheap.
+
+    Raises:
+      UserError: another run has taken the lock away.
+      RuntimeError: another one may have, as the bucket could not be written for too long.
+    """
+    if self._lock is not None and (lost := self._lock.poll()) is not None:
       raise UserError(
-        f'workdir {self.folder} was taken over by {_holder(self._lock.lost)}, as nothing was heard '
+        f'workdir {self.folder} was taken over by {_holder(lost)}, as nothing was heard '
         'from this one for a while; leave it to that one, or take another --workdir'
       )
 
@@ -212,14 +219,16 @@ class Workdir:
     try:
       # The kernel gives the lock of a dead process back; what such a one left in the file is void.
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+      os.truncate(lock, 0)
+      os.write(lock, content)
+      os.fsync(lock)  # an NFS client may keep it to itself for as long as the file is open
+    except BlockingIOError:
       holder = os.read(lock, 1000)
       os.close(lock)
-      if not isinstance(error, BlockingIOError):
-        raise
       raise self._in_use(holder) from None
-    os.truncate(lock, 0)
-    os.write(lock, content)
+    except OSError:
+      os.close(lock)
+      raise
     return lambda: os.close(lock)
 
   def _in_use(self, holder: bytes) -> UserError:

@@ -1,13 +1,14 @@
 """The same run on one process and on several: its losses side by side.
 
   python -m benchmarks.processes --json results/processes/losses.json
-  python -m benchmarks.processes --counts 1,2,4,8 --steps 200
+  python -m benchmarks.processes --counts 1,2,8 --steps 200
 
-The processes talk to each other as hosts do, each with one CPU device. The examples are the same
-by construction, and tested; what differs is the order in which numbers are added up, and training
-doubles such a difference every few steps.
+The processes talk to each other as hosts do. Each run has as many CPU devices in all as there are
+processes at most, so that all do the same sums; only the order of adding up over processes may
+differ, and training makes such a difference grow.
 """
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -28,18 +29,26 @@ _COUNTS = flags.DEFINE_list('counts', ['1', '2', '4'], 'Numbers of processes.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take.', lower_bound=1)
 
 
-def train(folder: pathlib.Path, count: int) -> list[float]:
-  """Losses of the first steps, on so many processes."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
+def free_port() -> int:
+  """A port that is free, as is the next one, which JAX takes."""
+  while True:
+    with socket.socket() as one, socket.socket() as two:
+      one.bind(('', 0))
+      port = one.getsockname()[1]
+      with contextlib.suppress(OSError, OverflowError):
+        two.bind(('', port + 1))
+        return port
+
+
+def train(folder: pathlib.Path, count: int, devices: int) -> list[float]:
+  """Losses of the first steps, on so many processes with so many devices in all."""
   command = [
     sys.executable, '-m', 'afi_flax.main', '--config', _CONFIG, '--workdir', str(folder),
     f'--config.run.max_steps={_STEPS.value}', '--config.run.log_every_steps=1',
   ]  # fmt: skip
   if count > 1:
-    command += [f'--coordinator=127.0.0.1:{port}', f'--processes={count}']
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
+    command += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={count}']
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // count)}
   running = [
     subprocess.Popen(
       [*command, f'--process={i}'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -70,14 +79,20 @@ def show(losses: dict[int, list[float]]) -> str:
 
 
 def main(_) -> None:
+  counts = [int(count) if count.isdecimal() else 0 for count in _COUNTS.value]
+  devices = max(counts)
+  if not all(count and devices % count == 0 for count in counts):
+    raise UserError(f'--counts {",".join(_COUNTS.value)} must all divide the largest, as 1,2,4 do')
+  if common.JSON.value:
+    tables.check_writable(common.JSON.value)
   losses = {}
   with tempfile.TemporaryDirectory() as folder:
-    for count in map(int, _COUNTS.value):
-      print(f'training on {count} ...', file=sys.stderr, flush=True)
-      losses[count] = train(pathlib.Path(folder) / str(count), count)
+    for count in counts:
+      print(f'training on {count} x {devices // count} ...', file=sys.stderr, flush=True)
+      losses[count] = train(pathlib.Path(folder) / str(count), count, devices)
   print(show(losses))
   if common.JSON.value:
-    common.write_json(common.JSON.value, config=_CONFIG, losses=losses)
+    common.write_json(common.JSON.value, config=_CONFIG, devices=devices, losses=losses)
 
 
 if __name__ == '__main__':

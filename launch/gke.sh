@@ -18,7 +18,8 @@
 #   --chips         of each host; without it 4 for TPUs and 8 for GPUs
 #   --slices        TPU slices of that topology that share a run
 #   --max_restarts  after failures; 10 without. A mistake in what was asked for (exit status 2) is not
-#                   tried again; a pod that was stopped with the state saved (75) always is
+#                   tried again; a pod that was stopped with the state saved (75), or that
+#                   Kubernetes evicted or lost with its node, always is
 #   --bucket        is mounted as /bucket (Cloud Storage FUSE; needs --service_account)
 #   --dry_run       prints what would run
 #
@@ -169,6 +170,10 @@ spec:
       action: RestartJobSetAndIgnoreMaxRestarts
       onJobFailureReasons: [PodFailurePolicy]
       onJobFailureMessagePatterns: ['exit code $STOPPED ']
+    - name: disrupted
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: ['has condition DisruptionTarget ']
   replicatedJobs:
   - name: host
     replicas: $slices
@@ -182,6 +187,8 @@ spec:
           rules:
           - action: FailJob
             onExitCodes: {containerName: afi-flax, operator: In, values: [$MISTAKE, $STOPPED]}
+          - action: FailJob
+            onPodConditions: [{type: DisruptionTarget, status: "True"}]
         template:
 $(pod_metadata | indent 10)
           spec:

@@ -29,7 +29,20 @@ if [[ $processes == 1 ]]; then
   exec "${command[@]}"
 fi
 
-port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+# One that is free, as is the next one, which JAX takes.
+port=$("$PYTHON" -c '
+import socket
+while True:
+  with socket.socket() as one, socket.socket() as two:
+    one.bind(("", 0))
+    port = one.getsockname()[1]
+    try:
+      two.bind(("", port + 1))
+    except (OSError, OverflowError):
+      continue
+  print(port)
+  break
+')
 pids=()
 for ((i = 0; i < processes; i++)); do
   which=(--coordinator "127.0.0.1:$port" --processes "$processes" --process "$i")

@@ -84,9 +84,12 @@ queue() {
 copy() {
   local archive install
   archive=${TMPDIR:-/tmp}/afi_flax-$name.tar.gz
-  # Files that git knows or does not ignore, as they are now: no .venv, no runs.
-  $dry_run || git -C "$root" ls-files -z --cached --others --exclude-standard |
-    tar -C "$root" --null --ignore-failed-read -czf "$archive" -T - 2>/dev/null
+  if ! $dry_run; then
+    rm -f "$archive" # of an earlier call
+    # Files that git knows or does not ignore, as they are now: no .venv, no runs.
+    git -C "$root" ls-files -z --cached --others --exclude-standard |
+      tar -C "$root" --null --ignore-failed-read -czf "$archive" -T - || return
+  fi
   run gcloud compute tpus tpu-vm scp "$archive" "$name:afi_flax.tar.gz" "${where[@]}" --worker=all || return
   install='set -e; mkdir -p afi_flax; tar -xzf afi_flax.tar.gz -C afi_flax; cd afi_flax'
   # shellcheck disable=SC2016

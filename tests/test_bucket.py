@@ -114,6 +114,34 @@ def test_outlives_an_outage(object_store, folder, locks, caplog):
   assert caplog.text.count('no heartbeat') == 1
 
 
+def test_a_heartbeat_that_fails_in_any_way_is_tried_again(
+  object_store, folder, locks, monkeypatch, caplog
+):
+  lock = locks()
+  lock.take(b'first')
+  with monkeypatch.context() as patch:
+    patch.setattr(files, 'blob', lambda path: 1 / 0)
+    until(lambda: 'division by zero; trying again' in caplog.text)
+  before = stored(object_store, folder / 'lock').generation
+  until(lambda: stored(object_store, folder / 'lock').generation > before)
+
+
+def test_a_holder_that_is_not_heard_for_too_long_is_none(object_store, folder, locks):
+  """As others may take it then; if none has, a heartbeat that gets through makes it one again."""
+  lock = locks()
+  assert lock.lost is None
+  lock.take(b'first')
+  object_store.refuse = lambda method, name: 503
+  until(lambda: lock.lost == b'')
+  with pytest.raises(RuntimeError, match=r'could not be written for 0\.4 s'):
+    lock.poll()
+  object_store.refuse = lambda method, name: 0
+  until(lambda: lock.lost is None)
+  put(object_store, folder / 'lock', b'second')
+  until(lambda: lock.lost == b'second')
+  assert lock.poll() == b'second'
+
+
 def test_its_own_writing_is_recognised(object_store, folder, locks):
   """A request may be done although its answer never came: that is no other run."""
   object_store.lose_answers = 1
@@ -192,6 +220,13 @@ def test_files(folder):
   assert files.names(folder) == ['ab', 'c/d/b']
 
 
+@pytest.mark.parametrize('kind', ['DataCorruption', 'InvalidResponse'])
+def test_a_broken_transfer_is_an_os_error(folder, kind):
+  error = getattr(pytest.importorskip('google.cloud.storage.exceptions'), kind)
+  with pytest.raises(OSError, match=f'{kind}.*the sums differ'), files.os_errors(folder):
+    raise error(None, 'the sums differ')
+
+
 def test_an_absent_bucket_is_said(object_store):
   with pytest.raises(OSError, match='no such object or bucket'):
     files.write(files.absolute('gs://another/a'), b'')
@@ -212,7 +247,7 @@ def test_without_gcsfs(monkeypatch):
 
 @pytest.fixture
 def quick_locks(monkeypatch):
-  monkeypatch.setattr(bucket, 'Lock', functools.partial(Lock, beat=BEAT, limit=LIMIT))
+  monkeypatch.setattr(bucket, 'Lock', functools.partial(Lock, beat=BEAT))
 
 
 def test_a_run_leaves_all_in_the_bucket(folder, quick_locks):
@@ -283,6 +318,18 @@ def test_a_run_that_lost_its_lock_ends_and_writes_nothing_more(object_store, fol
     train()
   assert_one_line(error)
   assert files.names(folder) == ['config.json', 'dataset.json', 'lock']
+
+
+def test_a_run_that_is_not_heard_for_too_long_ends(object_store, folder, monkeypatch):
+  monkeypatch.setattr(bucket, 'Lock', functools.partial(Lock, beat=BEAT, limit=LIMIT))
+  workdir = Workdir(folder)
+  with workdir.open_for_training(CONFIG, DATASET):
+    object_store.refuse = lambda method, name: 503
+    until(lambda: workdir._lock.lost == b'')
+    with pytest.raises(RuntimeError, match='could not be written for') as error:
+      workdir.poll()
+    object_store.refuse = lambda method, name: 0
+  assert '\n' not in str(error.value)
 
 
 def unable_to_upload(object_store, workdir, ends_with=None):

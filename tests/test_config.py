@@ -244,6 +244,16 @@ def test_a_config_that_lacks_a_key():
     resolve(config)
 
 
+@pytest.mark.parametrize('error', [AttributeError, KeyError])
+def test_a_mistake_in_the_code_is_not_blamed_on_the_config(error, monkeypatch):
+  def mistaken(*_):
+    raise error('ours')
+
+  monkeypatch.setattr(config_lib, '_check_batch', mistaken)
+  with pytest.raises(error, match='ours'):
+    resolve(load('cifar100_resnet32'))
+
+
 def test_keys_that_a_config_sets_are_those_of_base():
   def keys(tree):
     return {k: keys(v) if isinstance(v, dict) else type(v) for k, v in tree.items()}
@@ -263,6 +273,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('micro_batches', 3, 'must divide the 8 pictures of a device; use one of 1, 2, 4, 8'),
     ('batch_norm.scope', '3', "batch_norm.scope '3' must be 'global', 'device' or a number of dev"),
     ('batch_norm.scope', 'all', "batch_norm.scope 'all' must be"),
+    ('batch_norm.scope', '²', "batch_norm.scope '²' must be"),
     ('epochs', 0.0, 'epochs 0'),
     ('epochs', float('nan'), 'epochs nan'),
     ('seed', -1, 'seed -1'),
@@ -281,10 +292,14 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('data.image_size', 0, 'data.image_size 0'),
     ('data.std', (0.1, 0.1, 0.0), 'data.std'),
     ('data.mean', (0.1,), 'data.mean'),
+    ('data.mean', (0.1, 0.1, float('nan')), 'data.mean .* must be finite'),
+    ('data.lighting', float('inf'), 'data.lighting inf must be finite'),
+    ('data.color_jitter', (float('nan'), 0.0, 0.0, 0.0), 'data.color_jitter .* finite'),
     ('data.eval_image_size', 64, 'data.eval_resize 40 is less than data.eval_image_size 64'),
     ('data.eval_image_size', -1, 'data.eval_image_size -1'),
     ('data.auto_augment', 'rand-z1', "data.auto_augment 'rand-z1'"),
-    ('data.mixup', -0.1, 'data.mixup -0.1'),
+    ('data.mixup', -0.1, 'data.mixup -0.1 must be at least 0'),
+    ('data.mixup', float('nan'), 'data.mixup nan must be finite and at least 0'),
     ('data.cutmix', -1.0, 'data.cutmix -1.0'),
     ('data.erasing', 1.5, 'data.erasing 1.5'),
     ('loss.name', 'mse', "unknown loss.name 'mse'"),
@@ -294,6 +309,8 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('ema_decay', 1.0, 'ema_decay 1.0'),
     ('optimizer.name', 'adam', "unknown optimizer.name 'adam'"),
     ('optimizer.momentum', -1.0, 'optimizer.momentum -1'),
+    ('optimizer.momentum', 1.0, 'optimizer.momentum 1.0 must be at least 0 and less than 1'),
+    ('optimizer.weight_decay', float('inf'), 'optimizer.weight_decay inf must be finite'),
     ('schedule.name', 'linear', "unknown schedule.name 'linear'"),
     ('schedule.base_lr', 0.0, 'schedule.base_lr 0'),
     ('schedule.boundaries', (0.7, 0.5), 'schedule.boundaries'),
@@ -301,6 +318,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
     ('schedule.warmup_epochs', 300.0, 'schedule.warmup_epochs 300'),
     ('run.log_every_steps', 0, 'run.log_every_steps 0'),
     ('run.eval_every_epochs', 0.0, 'run.eval_every_epochs 0'),
+    ('run.eval_every_epochs', float('nan'), 'run.eval_every_epochs nan'),
     ('run.keep', 0, 'run.keep 0'),
   ],
 )
@@ -336,6 +354,7 @@ def test_a_mistake_in_the_model_shows_before_the_data_are_looked_for():
     ('stages', "'stages' must be stages=1 or stages=1+2"),
     ('stages=', "'stages=' must be stages=1"),
     ('stages=x', "'stages=x' must be stages=1"),
+    ('stages=²', "'stages=²' must be stages=1"),
     ('se,eca', "'se' and 'eca' do not go together; use one"),
     ('cbam,b,ge', "'cbam' and 'ge' do not go together; use one"),
     ('b,b', "'b' and 'b' do not go together; use one"),

@@ -20,7 +20,11 @@ def test_a_row_takes_the_place_of_one_of_the_same_run(tmp_path):
   for size in (8, 16, 16):
     result = run(CONFIG, f'--config.batch_size={size}', f'--json={rows}')
     assert result.returncode == 0, result.stderr
-  other, small, large = json.loads(rows.read_text())
+  result_of_parts = run(CONFIG, '--config.micro_batches=4', f'--json={rows}')
+  assert result_of_parts.returncode == 0, result_of_parts.stderr
+  other, small, large, parts = json.loads(rows.read_text())
+  assert parts['peak_mib'] < large['peak_mib']
+  assert parts['all_reduces'] is None, 'in a loop, of which the compiler counts one round'
   assert other == {'config': 'another'}
   assert (small['batch_per_chip'], large['batch_per_chip']) == (8, 16)
   assert large['gflops_per_step'] == pytest.approx(2 * small['gflops_per_step'], abs=0.2)
@@ -65,3 +69,26 @@ def test_a_topology_that_is_not_there(tmp_path):
   (row,) = json.loads(rows.read_text())
   assert (row['chips'], row['hbm_mib']) == (4, 16384)
   assert row['all_reduces'] > 0
+
+
+def test_what_is_said_of_slices(root):
+  """The rows under results/: nothing grows with the slice, and AFI adds no sum over chips."""
+  rows = json.loads((root / 'results' / 'tpu_fit.json').read_text())
+  runs = {}
+  for row in rows:
+    assert row['peak_mib'] < row['hbm_mib']
+    if row['bn_scope'] == 'global':
+      most = 99 if row['network'].endswith('50') else 303
+      assert row['all_reduces'] <= most, (
+        'one a convolution, forward and backward, and the gradients'
+      )
+    else:
+      assert row['all_reduces'] <= 2, 'the gradients'
+    runs.setdefault((row['config'], row['bn_scope']), []).append(row)
+  for same in runs.values():
+    peaks = [row['peak_mib'] for row in same]
+    assert max(peaks) <= 1.01 * min(peaks)
+  readme = (root / 'README.md').read_text()
+  for network in ('resnet50', 'afi_resnet50', 'resnet152', 'afi_resnet152'):
+    (row, *_) = runs[f'configs/imagenet_{network}.py', 'global']
+    assert f'| {round(row["peak_mib"]):,} MiB | {row["all_reduces"]}, ' in readme

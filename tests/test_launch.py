@@ -285,6 +285,20 @@ def test_tpu_vm_brings_the_code(machine):
   assert not (copied / '.git').exists()
 
 
+@pytest.mark.parametrize('action', ['copy', 'resume'])
+def test_tpu_vm_does_not_bring_old_code(machine, action):
+  """Where the archive cannot be written, and one of an earlier call is there."""
+  (machine.home / 'afi_flax-afi.tar.gz').touch()
+  tar = machine.home.parent / 'bin' / 'tar'
+  tar.write_text('#!/bin/bash\necho "tar: no space left" >&2\nexit 2\n')
+  tar.chmod(0o755)
+  said = machine.launch('tpu_vm.sh', action, *TPU_VM, *SLICE, '--', *FLAGS, status=2)
+  assert 'tar: no space left' in said
+  assert not [line for line in machine.log('gcloud') if 'scp' in line]
+  assert not (machine.home / 'afi_flax.tar.gz').exists()
+  assert not (machine.home / 'afi_flax-afi.tar.gz').exists()
+
+
 @pytest.mark.parametrize(
   'args',
   [
@@ -340,18 +354,24 @@ def test_jobset_tells_its_pods_who_they_are(machine):
 def test_jobset_tells_exit_statuses_apart(machine):
   jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
   job = jobset['spec']['replicatedJobs'][0]['template']['spec']
-  (rule,) = job['podFailurePolicy']['rules']
+  rule, disrupted = job['podFailurePolicy']['rules']  # a saved state says more than a disruption
   assert rule['onExitCodes']['values'] == [commands.MISTAKE, commands.STOPPED]
   assert rule['onExitCodes']['containerName'] == container(jobset)['name']
+  assert disrupted['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
+  # What Kubernetes' job controller says of each.
+  pod = 'pod lab/afi-host-0-1-x'
+  mistake, stopped = (
+    f'Container afi-flax for {pod} failed with exit code {status} matching FailJob rule at index 0'
+    for status in (commands.MISTAKE, commands.STOPPED)
+  )
+  evicted = f'P{pod[1:]} has condition DisruptionTarget matching FailJob rule at index 1'
   actions = {}
-  for status in (commands.MISTAKE, commands.STOPPED):
-    says = f'Container afi-flax for pod lab/afi-host-0-1-x failed with exit code {status} matching'
+  for says in (mistake, stopped, evicted):
     for rule in jobset['spec']['failurePolicy']['rules']:
       if re.search(rule['onJobFailureMessagePatterns'][0], says):
-        actions[status] = rule['action']
-  assert actions == {
-    commands.MISTAKE: 'FailJobSet', commands.STOPPED: 'RestartJobSetAndIgnoreMaxRestarts',
-  }  # fmt: skip
+        actions[says] = rule['action']
+  again = 'RestartJobSetAndIgnoreMaxRestarts'
+  assert actions == {mistake: 'FailJobSet', stopped: again, evicted: again}
 
 
 @pytest.mark.parametrize(('terminal', 'deletes'), [('', False), ('Failed', True)])

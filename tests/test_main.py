@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from afi_flax.analysis import devices as hardware
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 from configs import digits_afi_resnet20 as digits_config
+from tests.test_processes import free_port
 
 DIGITS = 'configs/digits_afi_resnet20.py'
 
@@ -325,9 +325,7 @@ def test_stopped_by_sigterm_and_resumed(tmp_path):
 
 def start_two(*flags):
   """Two processes on this machine that share one run."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
+  address = f'127.0.0.1:{free_port()}'
   return [
     start(*flags, '--coordinator', address, '--processes=2', f'--process={i}') for i in (0, 1)
   ]

@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from afi_flax import processes
 from afi_flax.errors import UserError
@@ -29,9 +30,14 @@ SLURM = {
 
 
 def free_port():
-  with socket.socket() as free:
-    free.bind(('', 0))
-    return free.getsockname()[1]
+  """A port that is free, as is the next one."""
+  while True:
+    with socket.socket() as one, socket.socket() as two:
+      one.bind(('', 0))
+      port = one.getsockname()[1]
+      with contextlib.suppress(OSError, OverflowError):
+        two.bind(('', port + 1))
+        return port
 
 
 def test_a_process_alone():
@@ -56,7 +62,7 @@ def test_flags_say_more_than_the_surroundings():
     (('here:1', 1, 0), 'need both --processes and --coordinator'),
     ((None, 2, 0), 'need both --processes and --coordinator'),
     (('here', 2, 0), "--coordinator 'here' must be HOST:PORT"),
-    (('here:70000', 2, 0), "--coordinator 'here:70000' must be HOST:PORT"),
+    (('here:65535', 2, 0), "'here:65535' must be HOST:PORT, with PORT from 1 to 65534"),
     (('here:1', 2, 2), '--process 2 must be from 0 to 1'),
   ],
 )
@@ -71,7 +77,7 @@ def test_slurm():
   assert (place.index, place.count, place.host, place.told_by) == (2, 4, 'gpu08', 'SLURM')
   assert place.local_devices is None
   other_job = processes.find(environ=SLURM | {'SLURM_JOB_ID': '5001'})
-  assert 1024 < place.port != other_job.port < 65536
+  assert 1024 < place.port < place.port + 1 < other_job.port < 65535, 'JAX takes the next port'
 
 
 def test_slurm_with_a_task_for_every_gpu():
@@ -189,9 +195,7 @@ def no_exit(monkeypatch):
 def test_all_come_up():
   results = roll_call((0, {'a': '1'}), (1, {'a': '1'}), (2, {'a': '1'}))
   assert results[0] == results[1] == results[2]
-  port, rows = results[0]
-  assert port > 1024
-  table = processes._table(Place(0, 3, 'h'), rows).splitlines()
+  table = processes._table(Place(0, 3, 'h'), results[0]).splitlines()
   assert table[1].split() == ['process', 'host', 'address']
   assert [line.split()[0] for line in table[2:]] == ['0', '1', '2']
   assert all(socket.gethostname() in line and '127.0.0.1:' in line for line in table[2:])
@@ -230,6 +234,23 @@ def test_the_port_is_taken():
     group = processes._Group(Place(0, 2, '127.0.0.1', taken.getsockname()[1]))
     with pytest.raises(UserError, match=r'cannot listen on port .* in use'):
       group.call_roll({}, 1.0)
+
+
+def test_the_port_of_jax_is_taken(monkeypatch):
+  def initialize(address, *_, **__):
+    raise jax.errors.JaxRuntimeError(f'UNKNOWN: no RPC server\non {address}')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  says = r'coordinator at \[::1\]:1235: UNKNOWN: no RPC server on \[::1\]:1235; end what uses'
+  with pytest.raises(UserError, match=says):
+    processes._start_jax(Place(0, 2, '::1', 1234), 1.0)
+
+
+def test_a_firewall_lets_only_the_roll_call_through():
+  port = free_port()
+  says = f"JAX's coordinator at 127.0.0.1:{port + 1} cannot be reached: Connection refused"
+  with pytest.raises(UserError, match=says):
+    processes._Group(Place(1, 2, '127.0.0.1', port)).await_jax(0.0)
 
 
 def test_strangers_are_turned_away():
@@ -275,8 +296,8 @@ commands.run(main)
 """
 
 
-def start_failing(how, count):
-  port = str(free_port())
+def start_failing(how, count, port=None):
+  port = str(port or free_port())
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   return [
     subprocess.Popen(
@@ -303,6 +324,15 @@ def test_a_mistake_on_one_process_ends_all():
   for i in (0, 2):
     assert said(errs[i]) == f'error: process 1 ({host}): no such folder'
     assert 'Traceback' not in errs[i]
+
+
+@pytest.mark.slow
+def test_a_taken_port_of_jax_ends_all():
+  port = free_port()
+  with socket.create_server(('', port + 1)):
+    errs = [p.communicate(timeout=60)[1] for p in start_failing('', 2, port)]
+  for err in errs:
+    assert f'JAX cannot start its coordinator at 127.0.0.1:{port + 1}: ' in said(err)
 
 
 @pytest.mark.slow
@@ -395,31 +425,71 @@ def train(folder, workdir, steps, count=1, devices=1, slurm=False):
   return ids, {r['step']: r['loss'] for r in records}
 
 
-@pytest.mark.slow
-def test_a_workdir_that_is_not_shared_ends_all(tmp_path):
-  """Each has a folder of that name, as two hosts without a common file system would."""
+# The command, with less patience for a file system that is slow to show what another host wrote.
+IMPATIENT = """
+from afi_flax import commands, main, workdir
+workdir._PATIENCE = 2.0
+if __name__ == '__main__':
+  commands.run(main.main)
+"""
+
+
+def mistaken(flags_of_each):
+  """Runs the command with each of the flags, as processes of one run; what each says in the end."""
   port, running = free_port(), []
-  for i in range(2):
-    flags = [
-      '--config', 'configs/digits_afi_resnet20.py', '--workdir', tmp_path / str(i) / 'run',
-      '--config.model.name=resnet20', '--config.run.max_steps=1', '--config.eval_batch_size=100',
-      f'--coordinator=127.0.0.1:{port}', '--processes=2', f'--process={i}',
-    ]  # fmt: skip
-    command = [sys.executable, '-m', 'afi_flax.main', *map(str, flags)]
+  for i, flags in enumerate(flags_of_each):
+    where = (f'--coordinator=127.0.0.1:{port}', f'--processes={len(flags_of_each)}')
+    command = [sys.executable, '-c', IMPATIENT, *map(str, flags), *where, f'--process={i}']
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
     running.append(
       subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
       )
     )
-  errs = [process.communicate(timeout=120)[1] for process in running]
-  assert [process.returncode for process in running] == [2, 2], errs
+  errs = [process.communicate(timeout=200)[1] for process in running]
+  assert {process.returncode for process in running} == {2}, errs
+  return errs
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_ends_all(tmp_path):
+  """Each has a folder of that name, as two hosts without a common file system would."""
+  flags_of_each = []
+  for i in range(2):
+    flags = [
+      '--config', 'configs/digits_afi_resnet20.py', '--workdir', tmp_path / str(i) / 'run',
+      '--config.model.name=resnet20', '--config.run.max_steps=1', '--config.eval_batch_size=100',
+    ]  # fmt: skip
+    flags_of_each.append(flags)
+  errs = mistaken(flags_of_each)
   says = f'workdir {tmp_path}/1/run on {socket.gethostname()} is not the one that process 0 writes'
   for err in errs:
     assert says in said(err)
     assert 'gs://BUCKET/FOLDER' in said(err)
     assert 'Traceback' not in err
   assert not (tmp_path / '1' / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_hosts_with_other_data_end_all(tmp_path):
+  """One copy of an image folder lacks a picture."""
+  flags_of_each = []
+  for i in range(2):
+    for name in range(2 * 12 - i):
+      path = tmp_path / str(i) / ('train' if name < 12 else 'val') / 'ab'[name % 2] / f'{name}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new('RGB', (16, 16), (10 * name, 0, 0)).save(path)
+    flags = [
+      '--config', 'configs/image_folder.py', '--workdir', tmp_path / 'run',
+      '--config.data.data_dir', tmp_path / str(i), '--config.batch_size=4',
+      '--config.data.image_size=16', '--config.data.eval_resize=16',
+    ]  # fmt: skip
+    flags_of_each.append(flags)
+  errs = mistaken(flags_of_each)
+  for err in errs:
+    assert 'process 1 finds other data than process 0' in said(err)
+    assert 'Traceback' not in err
+  assert not (tmp_path / 'run').exists(), 'nothing is written for a run that cannot start'
 
 
 @pytest.fixture(scope='module')

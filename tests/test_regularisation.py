@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afi_flax import config, optim, sharding, state, steps
+from afi_flax import config, optim, preprocess, sharding, state, steps
 from afi_flax.models import create_model, list_models, residual_blocks
 from afi_flax.models.resnet import BasicBlock, ResNet
 from configs import cifar100_afi_resnet32 as shipped
@@ -74,6 +74,25 @@ def test_moving_average_of_weights_and_statistics(on_one):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), now.ema, want)
     assert now.eval_variables is now.ema
   assert jax.tree.structure(now.ema) == jax.tree.structure(now.variables)
+
+
+def test_pictures_are_mixed_before_they_are_erased(monkeypatch):
+  """A rectangle is noise of its own picture alone, at its full strength."""
+  monkeypatch.setattr(preprocess, 'mix_weights', lambda *_: jnp.full([8, 8], 0.5))
+  data = config.resolve(shipped.get_config('smoke')).data
+  [batch] = batches(1)
+  batch['image'] = np.full_like(batch['image'], 100)
+  how = config.Step(regularisation=config.Regularisation(mixup=1.0, erasing=0.5))
+
+  @jax.jit
+  def made_and_wanted(batch):
+    plain = preprocess.normalise(batch['image'], data.mean, data.std)
+    want = preprocess.erase(plain, 0.5, 0, batch['epoch'], batch['example'])
+    return steps._inputs(batch, jnp.int32(0), MODEL, data, how)[0], want
+
+  made, want = made_and_wanted(batch)
+  assert len(np.unique(want)) > 3  # one grey, and noise
+  np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

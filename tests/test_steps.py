@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from afi_flax import config, metrics, optim, sharding, state, steps
 from afi_flax.data import pipeline, sources
@@ -136,15 +137,16 @@ def test_batch_norm_of_each_device_is_that_of_shard_map():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('parts', 'all_reduces'), [(8, 1), (1, 39)])
-def test_number_of_sums_over_devices(plan, parts, all_reduces):
+@pytest.mark.parametrize(
+  ('name', 'parts', 'all_reduces'),
+  [('resnet20', 8, 1), ('resnet20', 1, 39), ('afi_resnet20', 8, 1), ('afi_resnet20', 1, 39)],
+)
+def test_number_of_sums_over_devices(plan, name, parts, all_reduces):
   """Global statistics: one for each of 19 convolutions, forward and backward, and the gradients."""
-  mesh = sharding.make_mesh()
+  mesh, model = sharding.make_mesh(), create_model(name, 10)
   optimizer, replicated = optim.make(plan.optim), sharding.replicated(mesh)
-  step = steps.make_train_step(
-    create_model('resnet20', 10), optimizer, plan.data, config.Step(batch_norm_parts=parts)
-  )
-  now = state.abstract(create_model('resnet20', 10), optimizer, 32, replicated)
+  step = steps.make_train_step(model, optimizer, plan.data, config.Step(batch_norm_parts=parts))
+  now = state.abstract(model, optimizer, 32, replicated)
   batch = {
     'image': jax.ShapeDtypeStruct((16, 32, 32, 3), 'uint8', sharding=sharding.split(mesh)),
     'label': jax.ShapeDtypeStruct((16,), 'int32', sharding=sharding.split(mesh)),
@@ -163,6 +165,32 @@ def first_step(plan, batch, num_devices, micro_batches, stats=None):
   now = state.initialise(MODEL, optimizer, 32, 0, replicated)
   now = now if stats is None else now.replace(batch_stats=stats)
   return jax.jit(step, out_shardings=replicated)(now, sharding.put_batch(batch, mesh))
+
+
+class WithoutBatchNorm(nn.Module):
+  """As small as can be, with the statistics that a state wants, though it uses none."""
+
+  @nn.compact
+  def __call__(self, images, train):
+    self.variable('batch_stats', 'unused', jnp.zeros, [1])
+    pooled = images.reshape(len(images), 8, 4, 8, 4, 3).mean(axis=(2, 4))
+    hidden = nn.relu(nn.Dense(16)(pooled.reshape(len(images), -1)))
+    return nn.Dense(10)(hidden)
+
+
+def test_micro_batches_without_batch_norm_equal_the_whole_batch(plan, batches):
+  model, optimizer, batch = WithoutBatchNorm(), optim.make(plan.optim), batches[0]
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  now = state.initialise(model, optimizer, 32, 0, sharding.replicated(mesh))
+  (whole, loss), (cut, loss_cut) = (
+    jax.jit(
+      steps.make_train_step(model, optimizer, plan.data, config.Step(micro_batches=micro_batches))
+    )(now, batch)
+    for micro_batches in (1, 4)
+  )
+  np.testing.assert_allclose(loss_cut, loss, rtol=1e-6)
+  for got, want in ((cut.params, whole.params), (cut.metric_sums, whole.metric_sums)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_a_full_disk(workdir, monkeypatch):
   with pytest.raises(UserError, match='No space left on device'):
     start(workdir)
   monkeypatch.undo()
-  start(workdir)
+  start(workdir)  # nor did that leave it locked
 
 
 def test_reading_where_no_run_is(tmp_path, workdir):

@@ -81,7 +81,7 @@ def compile_step(plan: config.Plan, devices: Sequence[jax.Device], training: boo
     program = memory.eval_program(model, plan.data, batch, devices)
   lowered = program.lower()
   start = time.perf_counter()
-  cure = memory.train_cure(plan.batch_size // len(devices)) if training else memory.EVAL_CURE
+  cure = memory.train_cure(plan, len(devices)) if training else memory.EVAL_CURE
   compiled = memory.compile_or_explain(lowered, cure)
   seconds = time.perf_counter() - start
   return Compiled(
@@ -102,37 +102,52 @@ def row(
   """One line of figures: `about`, then numbers in the units that their names end in.
 
   `..._at_best`: if the step did nothing but its operations at the chips' peak, or nothing but what
-  it reads and writes at their full bandwidth, whichever takes longer; hours are of the whole run,
-  its evaluations left out.
+  it reads and writes (by the compiler's estimate) at their full bandwidth, whichever takes longer;
+  hours are of the whole run, its evaluations left out. With micro_batches the step is a loop, whose
+  traffic the compiler counts once: those numbers are then None.
   """
   there = hardware.memory_bytes(devices)
   model = create_model(**vars(plan.model))
   flops = cost.train_flops(model, plan.data.image_size) * plan.batch_size
-  seconds = hardware.seconds_at_best(devices, flops, training.accessed)
-  sums = training.collectives.get('all-reduce', memory.Collectives(0, 0))
-  others = {k: v.number for k, v in training.collectives.items() if k != 'all-reduce'}
+  traffic = _traffic(plan, devices, training, flops)
+  if plan.step.micro_batches > 1:
+    traffic = dict.fromkeys(traffic)
   return {
     **about,
     'network': plan.model.name,
     'dtype': plan.model.dtype,
+    'remat': plan.model.remat,
+    'micro_batches': plan.step.micro_batches,
     'image_size': plan.data.image_size,
     'chips': hardware.count_chips(devices),
     'devices': len(devices),
     'batch_per_chip': plan.batch_size // hardware.count_chips(devices),
     'peak_mib': round(training.peak / memory.MIB, 1),
     'hbm_mib': there and there // memory.MIB,
-    'all_reduces': sums.number,
-    'all_reduce_mib': round(sums.bytes / memory.MIB, 2),
-    'other_collectives': others,
     'gflops_per_step': round(flops / 1e9, 1),
-    'accessed_mib': round(training.accessed / memory.MIB),
-    'step_ms_at_best': seconds and round(1e3 * seconds, 2),
-    'hours_at_best': seconds and round(plan.optim.total_steps * seconds / 3600, 2),
+    **traffic,
     'compile_s': round(training.seconds, 1),
     'eval_peak_mib': round(evaluation.peak / memory.MIB, 1),
     'eval_compile_s': round(evaluation.seconds, 1),
     'jax': jax.__version__,
     'libtpu': _version('libtpu') if devices[0].platform == 'tpu' else None,
+  }
+
+
+def _traffic(
+  plan: config.Plan, devices: Sequence[jax.Device], training: Compiled, flops: float
+) -> Row:
+  seconds = hardware.seconds_at_best(devices, flops, training.accessed)
+  sums = training.collectives.get('all-reduce', memory.Collectives(0, 0))
+  return {
+    'all_reduces': sums.number,
+    'all_reduce_mib': round(sums.bytes / memory.MIB, 2),
+    'other_collectives': {
+      kind: found.number for kind, found in training.collectives.items() if kind != 'all-reduce'
+    },
+    'accessed_mib': round(training.accessed / memory.MIB),
+    'step_ms_at_best': seconds and round(1e3 * seconds, 2),
+    'hours_at_best': seconds and round(plan.optim.total_steps * seconds / 3600, 2),
   }
 
 

@@ -126,24 +126,29 @@ def compile_or_explain(lowered: jax.stages.Lowered, cure: str) -> jax.stages.Com
     raise UserError(f'the step {what} of a device; {cure}') from error
 
 
-def train_cure(batch_size: int) -> str:
-  """What to do where a training step of so many pictures a device does not fit."""
-  options = ['--config.model.remat=block', '--config.model.dtype=bfloat16', 'a smaller batch_size']
-  if batch_size > 1:
-    parts = next(n for n in range(2, batch_size + 1) if batch_size % n == 0)
-    options = [f'--config.micro_batches={parts} or more', *options]
-  return 'use ' + ', '.join(options)
+def train_cure(plan: config.Plan, device_count: int) -> str:
+  """What to do where a run's training step does not fit: what it does not do already."""
+  share = plan.batch_size // device_count
+  options = []
+  parts = (n for n in range(plan.step.micro_batches + 1, share + 1) if share % n == 0)
+  if (more := next(parts, None)) is not None:
+    options.append(f'--config.micro_batches={more} or more')
+  if plan.model.remat != 'block':
+    options.append('--config.model.remat=block')
+  if plan.model.dtype != 'bfloat16':
+    options.append('--config.model.dtype=bfloat16')
+  return f'use {", ".join([*options, "a smaller --config.batch_size"])}'
 
 
 class Collectives(NamedTuple):
-  """Operations of one kind between devices in one run of a program."""
+  """Operations of one kind between devices."""
 
   number: int
-  bytes: int  # of their results on each device
+  bytes: int  # of their results on each device; of one in the background its operands may count too
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, Collectives]:
-  """{'all-reduce': ...}: what a compiled program exchanges between devices.
+  """{'all-reduce': ...}: what a compiled program exchanges between devices; in a loop, once.
 
   Read from its text, in which an operation that goes on in the background has a start and a done.
   """

@@ -159,7 +159,7 @@ def _decode(data: bytes, least: tuple[int, int], strict: bool = True) -> np.ndar
     strict: whether PIL is to judge a JPEG that libjpeg-turbo warns of.
 
   Raises:
-    UnreadableError: the picture is damaged.
+    UnreadableError: the picture is damaged, or has no scale.
   """
   try:
     if _jpeg_size(data):
@@ -170,6 +170,8 @@ def _decode(data: bytes, least: tuple[int, int], strict: bool = True) -> np.ndar
       except ValueError:
         pass
     return np.asarray(_to_rgb(_open(data)))
+  except UnreadableError:
+    raise
   except Exception as e:  # as above
     raise UnreadableError(f'damaged picture: {e}') from e
 
@@ -211,7 +213,15 @@ def _gaussian(step: float) -> tuple[int, float]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  """The first frame, alpha dropped, 16-bit grey scaled to 8."""
+  """The first frame, alpha dropped, 16-bit grey scaled to 8.
+
+  Raises:
+    UnreadableError: grey levels in floats or in 32 bits, which say nowhere what white is.
+  """
+  # PIL's mode I is 16-bit grey in PNG and PGM; TIFF's own 16 bits are I;16, and its I is wider.
+  if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):
+    kind = 'floats' if image.mode == 'F' else '32-bit or signed integers'
+    raise UnreadableError(f'grey levels are {kind}, of no defined scale; save with 8 or 16 bits')
   if image.mode.startswith('I'):
     grey = np.asarray(image).astype(np.int64) >> 8
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert('RGB')

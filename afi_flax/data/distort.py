@@ -263,13 +263,14 @@ def make(
   Raises:
     UserError: a value that has no meaning.
   """
-  if len(color_jitter) != 4 or min(color_jitter) < 0 or color_jitter[3] > 0.5:
+  valid = len(color_jitter) == 4 and all(0 <= strength < math.inf for strength in color_jitter)
+  if not valid or color_jitter[3] > 0.5:
     raise UserError(
       f'data.color_jitter {tuple(color_jitter)} must be brightness, contrast, saturation and hue, '
-      'none below 0 and hue at most 0.5'
+      'finite, none below 0 and hue at most 0.5'
     )
-  if not lighting >= 0:
-    raise UserError(f'data.lighting {lighting} must be at least 0')
+  if not 0 <= lighting < math.inf:
+    raise UserError(f'data.lighting {lighting} must be finite and at least 0')
   parts = []
   if auto_augment:
     parts.append(parse_rand_augment(auto_augment, mean))

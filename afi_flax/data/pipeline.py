@@ -74,7 +74,9 @@ def train_batches(
     closing it ends the workers.
 
   Raises:
-    UserError: at once for arguments that do not fit; while iterating, past max_unreadable.
+    UserError: at once for arguments that do not fit, and where the shared memory that is free has
+      no room for these workers (for them alone: other streams are not counted before they run);
+      while iterating, past max_unreadable.
   """
   share = _share(batch_size, process_count)
   if isinstance(source, imagenet.RealLabels):
@@ -365,19 +367,26 @@ def _grain_batches(
   """Batches of `share` elements: number `first` and every `step`-th from there.
 
   Batched before it is sliced by process, and sliced before the workers: so neither changes which
-  examples a batch has. A thread holds a batch, a worker _HELD of them.
+  examples a batch has. A thread holds a batch, a worker _HELD of them. Whether these workers fit
+  into the shared memory that is free now is checked here; they start with the first batch.
   """
-  import grain  # slow to import, and only large sets need it
-
   if workers:
     _check_shared_memory(workers, share * element.image_size**2 * 3)
+  return _read_batches(element, positions, share, slice(first, None, step), workers)
+
+
+def _read_batches(
+  element: Callable[[int], Batch], positions: int, share: int, mine: slice, workers: int
+) -> Iterator[Batch]:
+  """Those batches of `share` elements whose numbers `mine` picks."""
+  import grain  # slow to import, and only large sets need it
 
   if not flags.FLAGS.is_parsed():  # grain passes its flags on to its workers
     flags.FLAGS.mark_as_parsed()
   dataset = grain.MapDataset.range(positions).map(element).batch(share, drop_remainder=True)
   threads = 1 if workers else max(2, min(16, os.cpu_count() or 2))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  read_ahead = dataset[first::step].to_iter_dataset(options)
+  read_ahead = dataset[mine].to_iter_dataset(options)
   iterator = iter(read_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
   try:
     for batch in iterator:

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from afi_flax import sharding
+from afi_flax import config, sharding
 from afi_flax.analysis import memory
 from afi_flax.errors import UserError
+from configs import cifar100_afi_resnet32
 
 
 def peak(function, **options):
@@ -50,9 +51,13 @@ def test_what_a_compiler_finds_by_itself():
     memory.compile_or_explain(lowered('INTERNAL: of XLA'), 'use less')
 
 
-def test_cure_names_parts_that_a_batch_can_be_cut_into():
-  assert '--config.micro_batches=3 or more' in memory.train_cure(15)
-  assert 'micro_batches' not in memory.train_cure(1)
+def test_cure_is_what_the_run_does_not_do_already():
+  recipe = cifar100_afi_resnet32.get_config()
+  recipe.batch_size = 30
+  everything = 'micro_batches=3 or more, --config.model.remat=block, --config.model.dtype=bfloat16'
+  assert everything in memory.train_cure(config.resolve(recipe, 2), 2)
+  recipe.micro_batches, recipe.model.remat, recipe.model.dtype = 15, 'block', 'bfloat16'
+  assert memory.train_cure(config.resolve(recipe, 2), 2) == 'use a smaller --config.batch_size'
 
 
 def test_collectives_of_a_program():

@@ -75,6 +75,23 @@ def test_formats(name, convert, file_format, tolerance):
   assert difference(got, by_pil(image, (0, 20, 160, 160), 160)) <= tolerance
 
 
+@pytest.mark.parametrize(('kind', 'file_format'), [('u2', 'TIFF'), ('u2', 'PPM'), ('i4', 'PPM')])
+def test_16_bit_grey_is_scaled_however_pil_names_it(kind, file_format):
+  pixels = np.arange(20 * 30).reshape(20, 30) * 100
+  got = decode.crop_resize(
+    encode(Image.fromarray(pixels.astype(kind)), file_format), (0, 0, 20, 20), 20
+  )
+  np.testing.assert_array_equal(got, np.stack([pixels[:, :20] >> 8] * 3, axis=-1))
+
+
+@pytest.mark.parametrize('kind', ['f4', 'i4'])
+def test_grey_without_a_scale_is_refused(kind):
+  pixels = np.arange(20 * 30).reshape(20, 30) % 256
+  data = encode(Image.fromarray(pixels.astype(kind)), 'TIFF')
+  with pytest.raises(decode.UnreadableError, match=r'^grey levels are .* no defined scale'):
+    decode.crop_resize(data, (0, 0, 20, 20), 20)
+
+
 @pytest.mark.parametrize('channels', [3, 4])
 def test_16_bit_colours_are_scaled_and_alpha_dropped(channels):
   pixels = np.random.default_rng(0).integers(0, 2**16, (20, 30, channels), dtype=np.uint16)

@@ -161,8 +161,11 @@ def test_too_little_shared_memory_for_the_workers_is_an_error(pictures, tmp_path
   monkeypatch.setattr(
     pipeline.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=2 * 5 * 8 * 24 * 24 * 3)
   )
-  with pytest.raises(UserError, match=r'run.workers 3 need 0 MiB in .*; use run.workers=2, or'):
-    train(pictures, options)
+  says = r'run.workers 3 need 0 MiB in .*; use run.workers=2, or'
+  with pytest.raises(UserError, match=says):  # before the first batch is asked for
+    pipeline.train_batches(pictures, seed=SEED, data_step=0, batch_size=8, **options)
+  with pytest.raises(UserError, match=says):
+    pipeline.eval_batches(pictures, batch_size=8, image_size=24, workers=3)
 
 
 def test_the_content_and_not_the_name_tells_the_format(picture_folder, caplog):
