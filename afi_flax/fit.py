@@ -5,8 +5,8 @@
   python -m afi_flax.fit --config configs/cifar100_afi_resnet32.py          for this machine
 
 Prints the memory that training and evaluation need on a chip beside what it has, the network's
-FLOPs in a step, what the chips exchange, and how long the run takes at least: its memory traffic (by
-the compiler's estimate) at full bandwidth, or its FLOPs at full speed. TPUs need
+FLOPs in a step, what the chips exchange, and how long the run takes at least: its memory traffic,
+by the compiler's estimate, at full bandwidth, or its FLOPs at full speed. TPUs need
 `pip install 'jax[tpu]'` and minutes of compiling; how many depends on the network, hardly on the
 number of chips. --json FILE adds the figures as a row to a list in that file, in the place of an
 older row of the same run.

@@ -3,8 +3,8 @@ r"""AFI-ResNet-152 on ImageNet: Table 5.
 Expect 78.24% top-1, 93.98% top-5 (paper), 54,667,560 parameters; the paper has no AFI-B row.
 The paper's recipe has batch 64, which these figures are of; the learning rate follows
 `--config.batch_size`, and a large one wants a warm-up.
-The command below is sized for a TPU v5e 2x4 (8 chips): 10.2 of 16 GiB a chip, and 4.7 hours at best,
-which is the step's memory traffic at full bandwidth as `python -m afi_flax.fit` has it; not measured.
+The command below is sized for a TPU v5e 2x4 (8 chips): 10.2 of 16 GiB a chip and, at best, 4.7
+hours: the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not measured.
 `:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
 LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here.
 Variants: `:a3`, `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's
