@@ -164,6 +164,10 @@ class Plan:
   run: Run
   step: Step
 
+  def padded_eval_batch(self, device_count: int) -> int:
+    """The least multiple of the devices that is at least `eval_batch_size`."""
+    return math.ceil(self.eval_batch_size / device_count) * device_count
+
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
   """The config of a run that may be older than some keys, with what it did without them."""

@@ -4,7 +4,6 @@ The last batch is padded to the shape of the others and masked, so one compiled 
 number of examples, devices and processes.
 """
 
-import math
 import time
 from collections.abc import Callable
 
@@ -35,13 +34,11 @@ class Evaluator:
     self.split = _split_name(data.dataset, data.eval_dataset, data.eval_split)
     self._plan, self._mesh = plan, mesh
     self._source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
-    self._batch_size = math.ceil(plan.eval_batch_size / mesh.size) * mesh.size
+    self._batch_size = plan.padded_eval_batch(mesh.size)
     self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
     run.check_same_data(plan.dataset, len(self._source))
     self._host_batches().close()  # a size that does not go with the pictures shows now
-    self._step = jax.jit(
-      steps.make_eval_step(model, plan.data), out_shardings=sharding.replicated(mesh)
-    )
+    self._step = steps.jit_eval_step(model, plan.data, sharding.replicated(mesh))
     self._compiled = None
 
   def __call__(

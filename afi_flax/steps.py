@@ -162,6 +162,13 @@ def compiler_options(remat: str, device: jax.Device) -> dict[str, str] | None:
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 
 
+def jit_eval_step(
+  model: nn.Module, data: config.Data, sharding: jax.sharding.Sharding
+) -> jax.stages.Wrapped:
+  """`make_eval_step` as it is run; its sums have that sharding."""
+  return jax.jit(make_eval_step(model, data), out_shardings=sharding)
+
+
 def make_eval_step(model: nn.Module, data: config.Data) -> Callable[[dict, Batch], metrics.Sums]:
   """(variables, {'image', 'label', 'mask' f32 [B]}) -> sums over the examples whose mask is 1.
 

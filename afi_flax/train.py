@@ -15,12 +15,11 @@ import time
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import logging
 
 from afi_flax import config as config_lib
-from afi_flax import metrics, models, optim, report, run, sharding, steps
+from afi_flax import metrics, models, optim, report, run, sharding, speed, steps
 from afi_flax import state as state_lib
-from afi_flax.analysis import cost, devices, memory
+from afi_flax.analysis import memory
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.data import distort, pipeline, sources
 from afi_flax.errors import StoppedError, UserError
@@ -66,7 +65,7 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     best.set_aside(newer_than=start)
     workdir.cut_back(start)
     best_top1 = _best_so_far(workdir, evaluator.split, best.steps())
-    learning_rate = optim.schedule(plan.optim)
+    rate = optim.schedule(plan.optim)
     train_step = steps.jit_train_step(
       model, optimizer, plan.data, plan.step, sharding.replicated(mesh), plan.model.remat
     )
@@ -76,10 +75,10 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
       lambda batch: sharding.put_batch(batch, mesh),
     )
     losses = collections.deque()  # of the steps that the device has not been seen to finish
-    clock = _Clock(plan, model, mesh)
+    clock = speed.Clock(plan, model, mesh)
     with (
       contextlib.closing(_reporter(workdir, plan, start, writer)) as reporter,
-      contextlib.closing(_Trace(workdir.profile, plan.run.profile_steps)) as trace,
+      contextlib.closing(speed.Trace(workdir.profile, plan.run.profile_steps)) as trace,
       contextlib.closing(batches),
     ):
       reporter.say(_introduction(plan, state, mesh.size, origin))
@@ -94,12 +93,9 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
           clock.pause()
         if log and int(state.metric_sums['examples']):  # none right after a restart
           record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
-          record |= clock.speed()
-          if step % plan.run.log_every == 0 or step == plan.optim.total_steps:
+          reporter.train(record | clock.speed() | _partial(plan, step), float(rate(step - 1)))
+          if not _partial(plan, step):
             state = state.replace(metric_sums=zeros())
-          else:  # max_steps came first; a run that goes on writes the whole line in its place
-            record['partial'] = True
-          reporter.train(record, float(learning_rate(step - 1)))
         if save and step > 0:
           workdir.sync()
           checkpoints.save(step, state)
@@ -231,6 +227,12 @@ def _compile(train_step, state, batch, plan: config_lib.Plan, mesh, reporter: re
   return compiled
 
 
+def _partial(plan: config_lib.Plan, step: int) -> dict[str, bool]:
+  """What marks a line before which max_steps came: a run that goes on writes the whole one."""
+  whole = step % plan.run.log_every == 0 or step == plan.optim.total_steps
+  return {} if whole else {'partial': True}
+
+
 def _stopping(signals: StopSignals, step: int) -> bool:
   """Whether to stop after this step, or batch of an evaluation.
 
@@ -257,59 +259,3 @@ def _best_so_far(workdir: Workdir, split: str, steps_there: list[int]) -> float:
   records = workdir.read_metrics()
   seen = [r['top1'] for r in records if r['split'] == split and r['step'] in steps_there]
   return sharding.first_process_says(max(seen, default=-1.0))
-
-
-class _Clock:
-  """Speed of the training steps: evaluating, saving and compiling left out."""
-
-  def __init__(self, plan: config_lib.Plan, model, mesh):
-    self.steps = 0
-    self._batch_size = plan.batch_size
-    peak = devices.peak_flops(list(mesh.devices.flat))
-    # Seconds that a picture would take at the devices' peak; None where that is not known.
-    self._at_best = peak and cost.train_flops(model, plan.data.image_size) / peak
-    self._seconds = 0.0
-    self._since: float | None = None
-
-  def resume(self) -> None:
-    if self._since is None:
-      self._since = time.perf_counter()
-
-  def pause(self) -> None:
-    if self._since is not None:
-      self._seconds += time.perf_counter() - self._since
-      self._since = None
-
-  def speed(self) -> dict[str, float]:
-    """`images_per_second` over the steps since it was last asked; 0 if there was none.
-
-    And `mfu`, model FLOPs utilisation: the share of the devices' bfloat16 peak that the network's
-    own operations are, where the peak is known.
-    """
-    speed = self._batch_size * self.steps / self._seconds if self.steps else 0.0
-    self.steps, self._seconds = 0, 0.0
-    mfu = {} if self._at_best is None else {'mfu': speed * self._at_best}
-    return {'images_per_second': speed} | mfu
-
-
-class _Trace:
-  """A trace of some steps for XProf, from the tenth on, when compiling and caches are behind."""
-
-  def __init__(self, folder, num_steps: int):
-    self._folder, self._num_steps = folder, num_steps
-    self._active = self._done = False
-
-  def after(self, steps: int, loss: jax.Array) -> None:
-    if self._num_steps and steps in (10, 10 + self._num_steps):
-      loss.block_until_ready()
-      self.close()
-      if steps == 10:
-        jax.profiler.start_trace(str(self._folder))
-        self._active = self._done = True
-
-  def close(self) -> None:
-    if self._active:
-      jax.profiler.stop_trace()
-      self._active = False
-    elif self._num_steps and not self._done:
-      logging.warning('no trace: run.profile_steps begins after the tenth step')

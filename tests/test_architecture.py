@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
 LOW = {'errors', 'random_draws'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
-TOP = MIDDLE | {'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'processes'}
+TOP = MIDDLE | {'speed', 'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'processes'}
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
@@ -38,7 +38,8 @@ ALLOWED = {
   'run': MIDDLE,
   'evaluate': MIDDLE | {'run', 'analysis'},
   'analysis': MIDDLE | {'run', 'analysis'},
-  'train': MIDDLE | {'run', 'evaluate', 'analysis'},
+  'speed': {'config', 'analysis'},
+  'train': MIDDLE | {'run', 'evaluate', 'analysis', 'speed'},
 }
 # What each room may import from outside, where that is limited; the standard library always.
 OUTSIDE = {

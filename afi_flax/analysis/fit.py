@@ -77,7 +77,7 @@ def compile_step(plan: config.Plan, devices: Sequence[jax.Device], training: boo
       model, optimizer, plan.data, plan.step, plan.batch_size, devices, remat
     )
   else:
-    batch = -(-plan.eval_batch_size // len(devices)) * len(devices)
+    batch = plan.padded_eval_batch(len(devices))
     program = memory.eval_program(model, plan.data, batch, devices)
   lowered = program.lower()
   start = time.perf_counter()

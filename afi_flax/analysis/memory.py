@@ -65,7 +65,7 @@ def eval_program(
 ) -> Program:
   """An evaluation step, likewise."""
   mesh = sharding.make_mesh(devices)
-  step = jax.jit(steps.make_eval_step(model, data), out_shardings=sharding.replicated(mesh))
+  step = steps.jit_eval_step(model, data, sharding.replicated(mesh))
   now = state.abstract(model, optax.identity(), data.image_size, sharding.replicated(mesh))
   batch = _batch(data.eval_image_size, batch_size, mesh, mask='float32')
   return Program(step, (now.variables, batch))
