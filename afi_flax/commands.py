@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable
@@ -41,8 +42,12 @@ def _parse(argv: list[str]) -> list[str]:
     if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
       flags.FLAGS['config'].value.to_dict()  # raises here if the file could not be read
   except flags.Error as error:
+    if "flag 'config." in str(error) and not _config_file(argv):
+      raise UserError(f"{error} without --config; give the run's whole command again") from error
     raise UserError(f'{error}; see --help') from error
   except (AttributeError, KeyError) as error:  # of ml_collections: the config has no such key
+    if "no attribute 'get_config'" in str(error):
+      raise UserError(f'{_config_file(argv)} has no get_config(): it is no config') from error
     raise _unknown_key(argv, error) or error from error
   except TypeError as error:  # of ml_collections: a value was given as a group of keys, say
     if not any('--config.' in arg for arg in argv):
@@ -92,6 +97,7 @@ def _no_config(argv: list[str]) -> UserError | None:
   if path is None or os.path.isfile(path):
     return None
   beside = glob.glob(os.path.join(os.path.dirname(path) or '.', '*.py'))
+  beside = [name for name in beside if 'def get_config' in pathlib.Path(name).read_text()]
   if not beside:
     return UserError(f'no config file {path!r}; they are in configs/ of the repository')
   return unknown('config file', path, beside)

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ def absolute(folder: str | os.PathLike) -> Path:
     UserError: it names no bucket that can be used.
   """
   text = os.fspath(folder)
-  if '://' not in text:
+  if not re.match(r'\w+:/', text):
     return pathlib.Path(text).expanduser().absolute()
   bucket, _, name = text.removeprefix(_SCHEME).strip('/').partition('/')
   if not in_bucket(text) or not bucket or not name:

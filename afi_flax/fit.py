@@ -1,4 +1,4 @@
-"""Will it fit, without the hardware: compiles a run's real steps for TPUs that need not be there.
+r"""Will it fit, without the hardware: compiles a run's real steps for TPUs that need not be there.
 
   python -m afi_flax.fit --config configs/imagenet_afi_resnet50.py --topology v5e:4x8 \
     --config.model.dtype=bfloat16 --config.batch_size=4096

@@ -53,6 +53,8 @@ def main(_) -> None:
       record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)
       if jax.process_index() == 0:
         print(f'step {record["step"]}  {report.describe_evaluation(record)}')
+    elif _CHECKPOINT.present:
+      raise UserError('--checkpoint is for --mode=eval; a run goes on from its last checkpoint')
     elif _CONFIG.value is None:
       raise UserError('no --config; give one, such as --config configs/digits_afi_resnet20.py')
     else:

@@ -87,11 +87,11 @@ def find(
   Raises:
     UserError: the flags do not go together, or the surroundings contradict themselves.
   """
-  if (count > 1) != bool(coordinator):
+  if (count > 1) != bool(coordinator) or (index and not coordinator):
     raise UserError('several processes need both --processes and --coordinator HOST:PORT')
   if coordinator:
     host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
       raise UserError(f'--coordinator {coordinator!r} must be HOST:PORT, with PORT from 1 to 65534')
     if not 0 <= index < count:
       raise UserError(f'--process {index} must be from 0 to {count - 1}, as --processes is {count}')

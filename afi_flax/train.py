@@ -219,6 +219,8 @@ def _compile(train_step, state, batch, plan: config_lib.Plan, mesh, reporter: re
   Says what memory the step needs, or raises UserError if a device has less.
   """
   start = time.perf_counter()
+  if not reporter.console.has_bar:
+    reporter.say('Compiling the training step ...')
   cure = memory.train_cure(plan, mesh.size)
   compiled = memory.compile_or_explain(train_step.lower(state, batch), cure)
   needs = memory.check_fits(compiled, mesh.local_devices, cure)

@@ -232,7 +232,9 @@ def test_an_absent_bucket_is_said(object_store):
     files.write(files.absolute('gs://another/a'), b'')
 
 
-@pytest.mark.parametrize('name', ['gs://bucket', 'gs://', 's3://bucket/run', 'gs:///run'])
+@pytest.mark.parametrize(
+  'name', ['gs://bucket', 'gs://', 's3://bucket/run', 'gs:///run', 'gs:/bucket/run']
+)
 def test_names_that_are_no_folder(name):
   with pytest.raises(UserError, match='gs://BUCKET/FOLDER') as error:
     files.absolute(name)

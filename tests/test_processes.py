@@ -61,6 +61,7 @@ def test_flags_say_more_than_the_surroundings():
   [
     (('here:1', 1, 0), 'need both --processes and --coordinator'),
     ((None, 2, 0), 'need both --processes and --coordinator'),
+    ((None, 1, 1), 'need both --processes and --coordinator'),
     (('here', 2, 0), "--coordinator 'here' must be HOST:PORT"),
     (('here:65535', 2, 0), "'here:65535' must be HOST:PORT, with PORT from 1 to 65534"),
     (('here:1', 2, 2), '--process 2 must be from 0 to 1'),

@@ -6,6 +6,7 @@ devices: for TPUs that is libtpu's, which needs no TPU.
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import time
 from collections.abc import Sequence
@@ -52,6 +53,10 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   except Exception as error:  # libtpu raises what it likes
+    if importlib.util.find_spec('libtpu') is None:
+      raise UserError("--topology needs libtpu: pip install -e '.[tpu]'") from error
+    if 'libtpu_lockfile' in str(error):
+      raise UserError('libtpu is in use by another process; wait until that ends') from error
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
       f'--topology {topology!r} cannot be compiled for ({reason}); it needs a shape such as '

@@ -138,7 +138,9 @@ def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
       paths += [os.fsencode(os.path.join(within, f)) for f in chosen]
       labels += [label] * len(chosen)
   if not paths:
-    raise UserError(f'{folder} has no pictures in its class folders ({_shown(classes)})')
+    flat = sum(os.path.splitext(name)[1].lower() in _SUFFIXES for name in os.listdir(folder))
+    where = f'; its {flat} own pictures must be sorted into them' if flat else ''
+    raise UserError(f'{folder} has no pictures in class folders ({_shown(classes)}){where}')
   crc = np.array([zlib.crc32(path) for path in paths], np.uint32)
   order = np.argsort(random_draws.bits(random_draws.FILE_ORDER, crc), kind='stable')
   return Pictures(str(folder), np.array(paths)[order], np.array(labels, np.int32)[order])

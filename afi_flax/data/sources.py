@@ -261,7 +261,8 @@ def _describe_folder(data_dir: str) -> DatasetInfo:
 
 
 def _describe_v2(data_dir: str) -> DatasetInfo:
-  return DatasetInfo('imagenet_v2', imagenet.v2_sizes(data_dir), tuple(imagenet.class_names()))
+  sizes, classes = imagenet.v2_sizes(data_dir), tuple(imagenet.class_names())
+  return DatasetInfo('imagenet_v2', sizes, classes, 'Give one as data.eval_split.')
 
 
 def _open_v2(data_dir: str, info: DatasetInfo, split: str, start: int, stop: int) -> Encoded:
