@@ -56,13 +56,12 @@ def prepare(dataset: str, data_dir: str = '', archives: str = '') -> str:
         f'{prepared} holds {found} files, which a run cannot read; give another --data_dir'
       )
     return f'{dataset} is already prepared in {prepared}'
-  needed = _space_needed(dataset, root, archives)
   if dataset == 'imagenet2012' and importlib.util.find_spec('tensorflow') is None:
     raise UserError(
       f'TFDS needs TensorFlow to prepare {dataset}; run `pip install -e '
       "'.[tensorflow]'` in the clone of this repository"
     )
-  _check_space(dataset, root, needed)
+  _check_space(dataset, root, _space_needed(dataset, root, archives))
   _build(dataset, root, archives)
   info = sources.describe(dataset, data_dir)
   sizes = ', '.join(f'{n} {split}' for split, n in info.num_examples.items())
