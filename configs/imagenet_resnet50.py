@@ -5,7 +5,7 @@ Squeeze-and-Excitation on every block) 76.71%, 93.38%, 28,071,976 parameters.
 The paper's recipe has batch 64, which these figures are of; the learning rate follows
 `--config.batch_size`, and a large one wants a warm-up.
 The command below is sized for a TPU v5e 2x4 (8 chips): 4.5 of 16 GiB a chip and, at best, 1.9
-hours (`:se` 2.2): the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not
+hours (`:se` 2.1): the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not
 measured.
 `:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
 LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here. On the same slice
