@@ -5,7 +5,8 @@ Squeeze-and-Excitation on every block) 78.43%, 94.27%, 66,770,984 parameters.
 The paper's recipe has batch 64, which these figures are of; the learning rate follows
 `--config.batch_size`, and a large one wants a warm-up.
 The command below is sized for a TPU v5e 2x4 (8 chips): 9.4 of 16 GiB a chip and, at best, 4.6
-hours: the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not measured.
+hours (`:se` 5.1): the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not
+measured.
 `:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
 LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here. On the same slice
 9.8 GiB and, at best, 2.6 hours.
