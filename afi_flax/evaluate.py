@@ -29,7 +29,7 @@ class Evaluator:
   """
 
   def __init__(self, plan: Plan, model: nn.Module, mesh: Mesh):
-    """Opens the split; UserError where it cannot be read."""
+    """Opens the split, on all processes at once; UserError where it cannot be read or differs."""
     data = plan.data
     self.split = _split_name(data.dataset, data.eval_dataset, data.eval_split)
     self._plan, self._mesh = plan, mesh

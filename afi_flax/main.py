@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from afi_flax import checkpoint, commands, evaluate, processes, report
 from afi_flax.errors import UserError
+from afi_flax.place import find_place
 from afi_flax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,7 +48,7 @@ def main(_) -> None:
   checkpoint.quiet_orbax()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
-  place = processes.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  place = find_place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   with processes.together(place, _agreed(), _START_TIMEOUT.value):
     if _MODE.value == 'eval':
       record = evaluate.evaluate_run(_WORKDIR.value, _CHECKPOINT.value, _CONFIG.value)

@@ -8,8 +8,8 @@ picture, weight or activation is ever allocated, so a laptop can tell what a lar
 Peak is what XLA lays out for the compiled program: weights, optimiser state, batch and results, and
 one arena for all that is temporary, in which arrays share a place when their times allow it. It is
 exact for the backend that it is compiled for, and for no other: the CPU's here, or a TPU's with
---topology v5e:2x2, which needs `pip install 'jax[tpu]'` but no TPU. Ratios are to the first network
-of the list.
+--topology v5e:2x2, which needs `pip install -e '.[tpu]'` but no TPU. Ratios are to the first
+network of the list.
 """
 
 import time

@@ -12,7 +12,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
 LOW = {'errors', 'random_draws'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
-TOP = MIDDLE | {'speed', 'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'processes'}
+TOP = MIDDLE | {
+  'speed', 'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'place', 'processes',
+}  # fmt: skip
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
@@ -30,7 +32,8 @@ ALLOWED = {
   'bucket': {'errors', 'files'},
   'checkpoint': {'errors', 'files'},
   'commands': {'errors'},
-  'processes': {'errors'},
+  'place': {'errors'},
+  'processes': {'errors', 'place'},
   'workdir': {'errors', 'config', 'bucket', 'files'},
   'curves': {'errors'},
   'event_file': {'errors'},

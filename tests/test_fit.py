@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from jax.experimental import topologies
+
+from afi_flax.analysis import fit
+from afi_flax.errors import UserError
 
 CONFIG = '--config=configs/digits_afi_resnet20.py:smoke'
 
@@ -51,6 +55,30 @@ def test_mistakes(tmp_path):
   assert 'rows.json cannot be read: not a list of objects' in result.stderr
 
 
+@pytest.mark.parametrize(
+  ('libtpu', 'error', 'says'),
+  [
+    (None, 'no such module', r"^--topology needs libtpu: pip install -e '\.\[tpu\]'$"),
+    ('here', 'held by\nlibtpu_lockfile of 3', '^libtpu is in use by another process; wait'),
+    (
+      'here',
+      'no\nsuch shape',
+      'no such shape.; give a shape such as v5e:4x8',
+    ),
+  ],
+)
+def test_why_a_topology_cannot_be_had(monkeypatch, libtpu, error, says):
+  def refuse(**_):
+    raise RuntimeError(error)
+
+  monkeypatch.setattr(fit.importlib.util, 'find_spec', lambda name: libtpu)
+  monkeypatch.setattr(topologies, 'get_topology_desc', refuse)
+  for variable in ('TPU_SKIP_MDS_QUERY', 'TPU_WORKER_HOSTNAMES'):
+    monkeypatch.setenv(variable, '')  # which it sets
+  with pytest.raises(UserError, match=says):
+    fit.find_devices('v5e:3x5')
+
+
 @pytest.mark.slow
 def test_a_topology_that_there_is_not():
   result = run(CONFIG, '--topology=v5e:3x5')
@@ -65,7 +93,7 @@ def test_a_topology_that_there_is_not():
 @pytest.mark.slow
 def test_a_topology_that_is_not_there(tmp_path):
   if importlib.util.find_spec('libtpu') is None:
-    pytest.skip("needs libtpu: pip install 'jax[tpu]'")
+    pytest.skip("needs libtpu: pip install -e '.[tpu]'")
   rows = tmp_path / 'rows.json'
   result = run(CONFIG, '--topology=v5e:2x2', f'--json={rows}')
   assert result.returncode == 0, result.stderr

@@ -333,7 +333,7 @@ def test_jobset_of_a_tpu_slice(machine):
 
 def test_jobset_tells_its_pods_who_they_are(machine):
   """What the manifest sets is what the processes look for."""
-  from afi_flax import processes
+  from afi_flax.place import find_place
 
   jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
   annotations = {
@@ -347,7 +347,7 @@ def test_jobset_tells_its_pods_who_they_are(machine):
     else:
       path = entry['valueFrom']['fieldRef']['fieldPath']
       environ[entry['name']] = annotations[re.fullmatch(r"metadata.annotations\['(.*)'\]", path)[1]]
-  place = processes.find(environ=environ)
+  place = find_place(environ=environ)
   assert (place.index, place.count, place.host) == (1, 2, 'afi-host-0-0.afi')
 
 

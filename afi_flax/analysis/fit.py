@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_collections
 
 from afi_flax import config, optim
-from afi_flax.analysis import cost, memory
+from afi_flax.analysis import cost, memory, tables
 from afi_flax.analysis import devices as hardware
 from afi_flax.errors import UserError
 from afi_flax.models import create_model
@@ -31,6 +32,29 @@ class Compiled:
   seconds: float  # to compile
   accessed: float  # bytes read and written in memory, as the compiler counts them
   collectives: dict[str, memory.Collectives]
+
+
+def measure(run: dict[str, Any], topology: str, about: Row) -> tuple[Row, str]:
+  """What a run's two steps need and do on so many devices.
+
+  Args:
+    run: the config as a dictionary, which can be sent to another process.
+    topology: as for `find_devices`.
+    about: what else the row is to say.
+
+  Returns:
+    The figures, and what to do if they are too large.
+
+  Raises:
+    UserError: as `find_devices`, `config.resolve` and `compile_step` do.
+  """
+  devices = find_devices(topology)
+  plan = config.resolve(ml_collections.ConfigDict(run), len(devices))
+  training, evaluation = (compile_step(plan, devices, training) for training in (True, False))
+  cure = memory.train_cure(plan, len(devices))
+  if evaluation.peak > training.peak:
+    cure = memory.EVAL_CURE
+  return row(plan, devices, training, evaluation, **about), cure
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
@@ -59,8 +83,8 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
       raise UserError('libtpu is in use by another process; wait until that ends') from error
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'--topology {topology!r} cannot be compiled for ({reason}); it needs a shape such as '
-      "v5e:4x8 or v4:2x2x1, `pip install 'jax[tpu]'`, and no other process that uses libtpu"
+      f'--topology {topology!r} cannot be compiled for ({reason}); give a shape such as v5e:4x8 or '
+      'v4:2x2x1'
     ) from error
 
 
@@ -154,6 +178,41 @@ def _traffic(
     'step_ms_at_best': seconds and round(1e3 * seconds, 2),
     'hours_at_best': seconds and round(plan.optim.total_steps * seconds / 3600, 2),
   }
+
+
+def describe(row: Row) -> str:
+  """The figures of a row for people."""
+  table = tables.text(
+    [
+      {
+        'step': step,
+        'peak MiB a device': round(row[f'{prefix}peak_mib']),
+        'of': row['hbm_mib'],
+        'compiled in s': round(row[f'{prefix}compile_s']),
+      }
+      for step, prefix in (('training', ''), ('evaluation', 'eval_'))
+    ]
+  )
+  step = f'A training step: {row["gflops_per_step"]:,} GFLOP in all'
+  if row['accessed_mib'] is not None:
+    others = [f'{n} {kind}' for kind, n in row['other_collectives'].items()]
+    sums = f'{row["all_reduces"]} all-reduces of {row["all_reduce_mib"]:,.1f} MiB'
+    step += (
+      f'; each device reads and writes {row["accessed_mib"]:,} MiB, and takes part in '
+      f'{", ".join([sums, *others])}'
+    )
+  if row['hours_at_best'] is not None:
+    step += (
+      f'; at best {row["step_ms_at_best"]:,.1f} ms, {row["hours_at_best"]:,.1f} hours for the run'
+    )
+  return '\n'.join(
+    (
+      f'{row["network"]} ({row["dtype"]}), {row["batch_per_chip"]} pictures of {row["image_size"]} '
+      f'pixels a chip, {row["chips"]} chips, batch_norm.scope {row["bn_scope"]}',
+      table,
+      step,
+    )
+  )
 
 
 def _version(package: str) -> str | None:

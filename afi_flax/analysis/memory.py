@@ -16,6 +16,11 @@ from afi_flax.errors import UserError
 
 MIB = 2**20
 EVAL_CURE = 'use a smaller --config.eval_batch_size'
+# '%x = (f32[64]{0:T(128)}, f32[]) all-reduce(': the shapes of the result and the kind.
+_COLLECTIVE = re.compile(
+  r' = (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+)
+_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
 class Program(NamedTuple):
@@ -156,13 +161,6 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, Collectives]:
   for shape, kind in _COLLECTIVE.findall(compiled.as_text()):
     found[kind].append(_shape_bytes(shape))
   return {kind: Collectives(len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
-
-
-# '%x = (f32[64]{0:T(128)}, f32[]) all-reduce(': the shapes of the result and the kind.
-_COLLECTIVE = re.compile(
-  r' = (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
-)
-_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
 def _shape_bytes(shape: str) -> int:

@@ -53,8 +53,10 @@ def write_json(rows: Sequence[Row], path: str) -> None:
     file.write('\n')
 
 
-def read_json(path: str) -> list[dict[str, Any]]:
-  """What `write_json` wrote; UserError where a file holds something else."""
+def read_rows(path: str) -> list[dict[str, Any]]:
+  """What `write_json` wrote, [] where there is no file; UserError where it holds something else."""
+  if not os.path.exists(path):
+    return []
   try:
     with open(path) as file:
       rows = json.load(file)
@@ -63,6 +65,12 @@ def read_json(path: str) -> list[dict[str, Any]]:
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read: {error}; give another file') from error
   return rows
+
+
+def replace_row(row: Row, path: str, keys: Sequence[str]) -> None:
+  """Adds a row to such a file, in the place of those that have the same values under `keys`."""
+  others = [old for old in read_rows(path) if any(old.get(key) != row[key] for key in keys)]
+  write_json([*others, row], path)
 
 
 def write_csv(rows: Sequence[Row], path: str) -> None:
