@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all parity lint help
+.PHONY: quickstart test test-all faults parity lint help
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
 	@echo 'make test        the fast tests: two to three minutes on two free cores'
 	@echo 'make test-all    all tests'
+	@echo 'make faults      every fault for real, kills and damage and worse, and a table of how each ended'
 	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
 	@echo 'make lint        ruff'
 
@@ -20,6 +21,9 @@ test: $(VENV)/installed-test
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest --faults -m fault
 
 parity:
 	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity

@@ -7,6 +7,12 @@ import pathlib
 import jax
 import pytest
 
+from tests.faults import (  # noqa: F401
+  pytest_addoption,
+  pytest_collection_modifyitems,
+  pytest_terminal_summary,
+)
+
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -23,6 +29,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 def root() -> pathlib.Path:
   """The repository."""
   return ROOT
+
+
+@pytest.fixture
+def at_full_size(request) -> bool:
+  """Whether a test of faults is to be as long as `make faults` wants it."""
+  return request.config.getoption('--faults')
 
 
 @pytest.fixture

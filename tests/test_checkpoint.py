@@ -252,6 +252,9 @@ def test_an_older_step_than_the_newest_is_refused(opened):
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.fault(
+  'checkpoint', 'the newest one damaged', 'said loudly; the newest good one is taken'
+)
 def test_falls_back_to_the_next_older_good_one(folder, opened, caplog, damage):
   fill(opened(), 1, 2, 3)
   names = [damage(folder / '3'), damage(folder / '2')]
