@@ -38,6 +38,9 @@ _SINCE = {
   'model.remat': 'none',
   'model.se_bias': False,
   'optimizer.decay_vectors': True,
+  'run.deterministic': False,
+  'run.max_nonfinite': 10,
+  'run.on_nonfinite': 'raise',
 }
 
 
@@ -130,7 +133,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """How the run goes about it; none of this changes its result."""
+  """How the run goes about it; none of this changes the result of one in which all is well."""
 
   resume: str
   init_from: str
@@ -141,6 +144,18 @@ class Run:
   save_every: int  # steps
   keep: int
   profile_steps: int
+  on_nonfinite: str  # 'raise' | 'skip' | 'rollback'
+  max_nonfinite: int  # batches that may be skipped or rolled back from
+  deterministic: bool
+
+  def due_at(self, step: int) -> bool:
+    """Whether there is anything to write, save or evaluate after `step`."""
+    return (
+      step >= self.stop_step
+      or step % self.log_every == 0
+      or step % self.save_every == 0
+      or self.evaluates_at(step)
+    )
 
   def evaluates_at(self, step: int) -> bool:
     """Whether `step` is the first one after a multiple of `eval_every`, or the last of the run."""
@@ -424,10 +439,12 @@ def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: in
     ('save_every_steps', 1),
     ('keep', 1),
     ('profile_steps', 0),
+    ('max_nonfinite', 0),
   ):
     _at_least(f'run.{key}', run[key], low)
   if not run.eval_every_epochs > 0:
     raise UserError(f'run.eval_every_epochs {run.eval_every_epochs} must be more than 0')
+  _one_of('run.on_nonfinite', run.on_nonfinite, ('raise', 'skip', 'rollback'))
   return Run(
     resume=run.resume,
     init_from=run.init_from,
@@ -438,6 +455,9 @@ def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: in
     save_every=run.save_every_steps,
     keep=run.keep,
     profile_steps=run.profile_steps,
+    on_nonfinite=run.on_nonfinite,
+    max_nonfinite=run.max_nonfinite,
+    deterministic=run.deterministic,
   )
 
 

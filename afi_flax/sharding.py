@@ -38,6 +38,11 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
 
 
+def gather(x: jax.Array) -> np.ndarray:
+  """A batch's array [B, ...], that is divided over the devices of all processes. All must ask."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on any process. All of them must ask."""
   return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -91,6 +91,13 @@ def initialise(
   return init(jnp.uint32(seed))  # an argument, so that one compiled program serves all seeds
 
 
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+  """bool []: whether no number of a state is NaN or infinite."""
+  floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Row:
   part: str

@@ -19,7 +19,11 @@ def make_train_step(
   data: config.Data,
   how: config.Step,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-  """(state, {'image' u8 [B,H,W,3], 'label' i32 [B]}) -> the state one update on, the loss f32 [].
+  """(state, {'image' u8 [B,H,W,3], 'label' i32 [B]}) -> the state one update on, f32 [3].
+
+  The three are the loss, the gradient's L2 norm, and 1 where they and the statistics of batch norm
+  are finite. Where they are not, the state that comes back is the one that came in, but for
+  `data_step`: the batch is consumed, and leaves no other trace.
 
   The loss is the mean over the global batch, and batch norm's statistics are the global batch's,
   or each of `how.batch_norm_parts` equal parts' own: with the batch split over devices the compiler
@@ -57,6 +61,8 @@ def make_train_step(
       grads, logits, per_example, batch_stats = _in_turn(
         gradient, state.params, state.batch_stats, inputs, how.micro_batches
       )
+    loss, norm = per_example.mean(), optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(batch_stats)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
     params = optax.apply_updates(state.params, updates)
@@ -70,9 +76,17 @@ def make_train_step(
       metric_sums=jax.tree.map(jnp.add, state.metric_sums, sums),
       ema=optim.moving_average(state.ema, variables, decay, state.step) if decay else None,
     )
-    return updated, per_example.mean()
+    left_out = state.replace(data_step=updated.data_step)
+    # Not on a copy of the updated state: the choice is made where each number is computed.
+    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, left_out)
+    return chosen, jnp.stack([loss, norm, finite.astype('float32')])
 
   return train_step
+
+
+def _all_finite(tree) -> jax.Array:
+  """bool []."""
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _in_turn(gradient: Callable, params, batch_stats, inputs, micro_batches: int) -> tuple:

@@ -5,19 +5,18 @@ stop. All of it is a function of the step and of what is on disk, so a run that 
 and started again goes through the same states and writes the same lines as one that was not.
 """
 
-import collections
 import contextlib
 import dataclasses
-import math
 import secrets
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from afi_flax import config as config_lib
-from afi_flax import metrics, models, optim, report, run, sharding, speed, steps
+from afi_flax import metrics, models, nonfinite, optim, report, run, sharding, speed, steps
 from afi_flax import state as state_lib
 from afi_flax.analysis import memory
 from afi_flax.checkpoint import Checkpoints
@@ -26,8 +25,7 @@ from afi_flax.errors import StoppedError, UserError
 from afi_flax.evaluate import Evaluator
 from afi_flax.workdir import StopSignals, Workdir
 
-# Steps that the host may be ahead of the device, and so late in noticing a loss that is not finite.
-MAX_AHEAD = 8
+_AGREE_EVERY = 8  # steps; processes that each may get a signal ask each other, which costs a trip
 
 
 def train(config: ml_collections.ConfigDict, folder: str) -> None:
@@ -38,104 +36,222 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     folder: the run's folder: new, or of the same run.
 
   Raises:
-    UserError: a mistake in the config, the data or the folder; a loss that is not finite.
+    UserError: a mistake in the config, the data or the folder; numbers that are not finite.
+    FailedError: what the run writes cannot be written any more.
     StoppedError: SIGTERM or SIGINT came, and the state is saved.
   """
   # Whatever a config can get wrong shows before anything is written.
-  plan = config_lib.resolve(config, jax.device_count())
-  mesh = sharding.make_mesh()
-  model = models.create_model(**vars(plan.model))
-  optimizer = optim.make(plan.optim)
-  source = sources.open_split(plan.data.dataset, plan.data.data_dir, plan.data.train_split)
-  _host_batches(plan, source, data_step=0).close()
-  evaluator = Evaluator(plan, model, mesh)
-
-  workdir = Workdir(folder)
-  writer = jax.process_index() == 0
-  token = int(sharding.first_process_says(secrets.randbelow(2**24)))  # exact in a float32
-  with (
-    workdir.open_for_training(config.to_dict(), dataclasses.asdict(plan.dataset), writer, token),
-    StopSignals() as signals,
-    contextlib.closing(Checkpoints(workdir.checkpoints, plan.run.keep)) as checkpoints,
-    contextlib.closing(Checkpoints(workdir.best, keep=1)) as best,
-  ):
-    state, origin = _initial_state(plan, model, optimizer, mesh, checkpoints)
-    step = start = int(state.step)
-    checkpoints.set_aside(newer_than=start)
-    best.set_aside(newer_than=start)
-    workdir.cut_back(start)
-    best_top1 = _best_so_far(workdir, evaluator.split, best.steps())
-    rate = optim.schedule(plan.optim)
-    train_step = steps.jit_train_step(
-      model, optimizer, plan.data, plan.step, sharding.replicated(mesh), plan.model.remat
-    )
-    zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(mesh))
-    batches = pipeline.prefetch(
-      _host_batches(plan, source, int(state.data_step)),
-      lambda batch: sharding.put_batch(batch, mesh),
-    )
-    losses = collections.deque()  # of the steps that the device has not been seen to finish
-    clock = speed.Clock(plan, model, mesh)
-    with (
-      contextlib.closing(_reporter(workdir, plan, start, writer)) as reporter,
-      contextlib.closing(speed.Trace(workdir.profile, plan.run.profile_steps)) as trace,
-      contextlib.closing(batches),
-    ):
-      reporter.say(_introduction(plan, state, mesh.size, origin))
-      while True:
-        stop = _stopping(signals, step)
-        at_end = step >= plan.run.stop_step
-        log = step % plan.run.log_every == 0 or at_end
-        evaluate = plan.run.evaluates_at(step)
-        save = step % plan.run.save_every == 0 or evaluate or stop
-        if log or save:
-          _check_finite(losses, step)
-          clock.pause()
-        if log and int(state.metric_sums['examples']):  # none right after a restart
-          record = {'step': step, 'split': 'train'} | metrics.means([state.metric_sums])
-          reporter.train(record | clock.speed() | _partial(plan, step), float(rate(step - 1)))
-          if not _partial(plan, step):
-            state = state.replace(metric_sums=zeros())
-        if save and step > 0:
-          workdir.sync()
-          checkpoints.save(step, state)
-        if evaluate:
-          record = evaluator(
-            state.eval_variables, reporter.evaluating, lambda batches: _stopping(signals, batches)
-          )
-          stop = stop or record is None
-          if record:
-            if record['top1'] >= best_top1:
-              best_top1 = record['top1']
-              best.save(step, state)
-            reporter.evaluation({'step': step} | record)
-            reporter.draw_curves()
-        if stop or at_end:
-          break
-
-        if step == start:
-          batch = next(batches)
-          train_step = _compile(train_step, state, batch, plan, mesh, reporter)
-          clock.resume()
-        else:
-          clock.resume()
-          batch = next(batches)  # a wait for data is part of the speed
-        state, loss = train_step(state, batch)
-        step += 1
-        clock.steps += 1
-        losses.append(loss)
-        _check_finite(losses, step, ahead=MAX_AHEAD)
-        checkpoints.poll()
-        best.poll()
-        workdir.poll()
-        reporter.progress(step)
-        trace.after(step - start, loss)
-  if stop:
+  training = _Training(config_lib.resolve(config, jax.device_count()), Workdir(folder))
+  with training.opened(config.to_dict()) as signals:
+    past = 0
+    while True:
+      try:
+        stopped = training.go_on(signals, past)
+        break
+      except nonfinite.RollBackError as back:
+        past = back.data_step
+  if stopped:
     raise StoppedError(
-      f'stopped by {signals.requested or "a signal to another process"} at step {step}; '
+      f'stopped by {signals.requested or "a signal to another process"} at step {training.step}; '
       'the same command goes on with it'
     )
-  reporter.summary(evaluator.split)
+  training.reporter.summary(training.evaluator.split)
+
+
+class _Training:
+  """A run while it trains.
+
+  Attributes:
+    evaluator: of the split that is evaluated as it goes.
+    reporter: what a person sees of it.
+  """
+
+  def __init__(self, plan: config_lib.Plan, workdir: Workdir):
+    """Opens the data; nothing is written yet."""
+    self._plan, self._workdir = plan, workdir
+    self._mesh = sharding.make_mesh()
+    self._model = models.create_model(**vars(plan.model))
+    self._optimizer = optim.make(plan.optim)
+    data = plan.data
+    self._source = sources.open_split(data.dataset, data.data_dir, data.train_split)
+    _host_batches(plan, self._source, data_step=0).close()
+    self.evaluator = Evaluator(plan, self._model, self._mesh)
+    self._rate = optim.schedule(plan.optim)
+    self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(self._mesh))
+    self._clock = speed.Clock(plan, self._model, self._mesh)
+    self._trace = speed.Trace(workdir.profile, plan.run.profile_steps)
+    self._taken = 0  # steps, by this process
+    self._program: jax.stages.Compiled | None = None
+    self._state: state_lib.TrainState | None = None
+
+  @property
+  def step(self) -> int:
+    """Updates made, if all is well with those that the device has not been seen to finish."""
+    return self._watch.step
+
+  @contextlib.contextmanager
+  def opened(self, config: dict) -> Iterator[StopSignals]:
+    """While entered, the workdir is locked, its checkpoints are open and signals are caught."""
+    token = int(sharding.first_process_says(secrets.randbelow(2**24)))  # exact in a float32
+    dataset, writer = dataclasses.asdict(self._plan.dataset), jax.process_index() == 0
+    with (
+      self._workdir.open_for_training(config, dataset, writer, token),
+      StopSignals() as signals,
+      contextlib.closing(Checkpoints(self._workdir.checkpoints, self._plan.run.keep)) as last,
+      contextlib.closing(Checkpoints(self._workdir.best, keep=1)) as best,
+      contextlib.closing(self._trace),
+    ):
+      self._checkpoints, self._best = last, best
+      yield signals
+
+  def go_on(self, signals: StopSignals, past: int) -> bool:
+    """From the last checkpoint, or where the run starts, to its end.
+
+    Args:
+      signals: which may ask for a stop.
+      past: 0, or the first batch to take, later than the one that the checkpoint would go on with.
+
+    Returns:
+      Whether it was stopped.
+
+    Raises:
+      nonfinite.RollBackError: it is to go on anew, past a batch.
+    """
+    origin = self._start(past)
+    with (
+      contextlib.closing(self.reporter),
+      contextlib.closing(self._open_batches()) as batches,
+    ):
+      self.reporter.say(_introduction(self._plan, self._state, self._mesh.size, origin))
+      while True:
+        stop = _stopping(signals, self.step)
+        if stop or self._plan.run.due_at(self.step):
+          stop = self._attend(signals, stop)
+          if stop or self.step >= self._plan.run.stop_step:
+            return stop
+        self._take_step(batches)
+
+  def _start(self, past: int) -> str:
+    """Restores or makes the state and takes what is newer out of the folder; where from."""
+    plan, workdir, self._state = self._plan, self._workdir, None
+    self._state, origin = _initial_state(
+      plan, self._model, self._optimizer, self._mesh, self._checkpoints
+    )
+    if past:
+      counter = jax.device_put(jnp.int32(past), sharding.replicated(self._mesh))
+      self._state = self._state.replace(data_step=counter)
+    step, data_step = int(self._state.step), int(self._state.data_step)
+    self._checkpoints.set_aside(newer_than=step)
+    self._best.set_aside(newer_than=step)
+    workdir.cut_back(step, data_step)
+    self._best_top1 = _best_so_far(workdir, self.evaluator.split, self._best.steps())
+    self._attended = -1  # the last step whose log lines, checkpoint and evaluation are done
+    self.reporter = report.Reporter(
+      workdir,
+      total_steps=plan.optim.total_steps,
+      stop_step=plan.run.stop_step,
+      steps_per_epoch=plan.steps_per_epoch,
+      start_step=step,
+      enabled=jax.process_index() == 0,
+      title=f'{plan.model.name} on {plan.dataset.name}',
+    )
+    self._watch = nonfinite.Watch(plan.run, workdir, step, data_step, self.reporter.say)
+    return origin
+
+  def _open_batches(self) -> Iterator[steps.Batch]:
+    return pipeline.prefetch(
+      _host_batches(self._plan, self._source, int(self._state.data_step)),
+      lambda batch: sharding.put_batch(batch, self._mesh),
+    )
+
+  def _attend(self, signals: StopSignals, stop: bool) -> bool:
+    """Does what is due after this step, once; whether to stop."""
+    step, how = self._watch.settle(), self._plan.run
+    self._clock.pause()
+    new, self._attended = step != self._attended, step
+    evaluate = new and how.evaluates_at(step)
+    if new and (step % how.log_every == 0 or step >= how.stop_step):
+      self._log(step)
+    if step and (stop or evaluate or (new and step % how.save_every == 0)):
+      self._save(step)
+    if evaluate:
+      stop = not self._evaluate(step, signals) or stop
+    return stop
+
+  def _log(self, step: int) -> None:
+    if not int(self._state.metric_sums['examples']):
+      return  # right after a restart
+    record = {'step': step, 'split': 'train'} | metrics.means([self._state.metric_sums])
+    partial = _partial(self._plan, step)
+    self.reporter.train(record | self._clock.speed() | partial, float(self._rate(step - 1)))
+    if not partial:
+      self._state = self._state.replace(metric_sums=self._zeros())
+
+  def _save(self, step: int) -> None:
+    if not state_lib.all_finite(self._state):
+      raise UserError(
+        f'the update of a step up to {step} was too large for a float, so nothing is saved; use a '
+        'lower schedule.base_lr'
+      )
+    self._workdir.sync()
+    self._checkpoints.save(step, self._state)
+
+  def _evaluate(self, step: int, signals: StopSignals) -> bool:
+    """False if a signal ended it."""
+    record = self.evaluator(
+      self._state.eval_variables,
+      self.reporter.evaluating,
+      lambda batches: _stopping(signals, batches),
+    )
+    if record is None:
+      return False
+    if record['top1'] >= self._best_top1:
+      self._best_top1 = record['top1']
+      self._best.save(step, self._state)
+    self.reporter.evaluation({'step': step} | record)
+    self.reporter.draw_curves()
+    return True
+
+  def _take_step(self, batches: Iterator[steps.Batch]) -> None:
+    if self._program is None:
+      batch = next(batches)
+      self._program = self._compile(batch)
+      self._clock.resume()
+    else:
+      self._clock.resume()
+      batch = next(batches)  # a wait for data is part of the speed
+    self._state, numbers = self._program(self._state, batch)
+    self._taken += 1
+    self._clock.steps += 1
+    self._watch.add(numbers, batch['example'])
+    self._checkpoints.poll()
+    self._best.poll()
+    self._workdir.poll()
+    self.reporter.progress(self.step)
+    self._trace.after(self._taken, numbers)
+
+  def _compile(self, batch: steps.Batch) -> jax.stages.Compiled:
+    """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
+
+    Says what memory the step needs, or raises UserError if a device has less.
+    """
+    plan, mesh, start = self._plan, self._mesh, time.perf_counter()
+    if not self.reporter.console.has_bar:
+      self.reporter.say('Compiling the training step ...')
+    train_step = steps.jit_train_step(
+      self._model,
+      self._optimizer,
+      plan.data,
+      plan.step,
+      sharding.replicated(mesh),
+      plan.model.remat,
+    )
+    cure = memory.train_cure(plan, mesh.size)
+    compiled = memory.compile_or_explain(train_step.lower(self._state, batch), cure)
+    needs = memory.check_fits(compiled, mesh.local_devices, cure)
+    seconds = time.perf_counter() - start
+    self.reporter.say(f'Compiled the training step in {seconds:.1f} s; it needs {needs} of memory.')
+    return compiled
 
 
 def _initial_state(
@@ -180,20 +296,6 @@ def _introduction(plan: config_lib.Plan, state, device_count: int, origin: str) 
   )
 
 
-def _reporter(
-  workdir: Workdir, plan: config_lib.Plan, start: int, enabled: bool
-) -> report.Reporter:
-  return report.Reporter(
-    workdir,
-    total_steps=plan.optim.total_steps,
-    stop_step=plan.run.stop_step,
-    steps_per_epoch=plan.steps_per_epoch,
-    start_step=start,
-    enabled=enabled,
-    title=f'{plan.model.name} on {plan.dataset.name}',
-  )
-
-
 def _host_batches(plan: config_lib.Plan, source, data_step: int):
   return pipeline.train_batches(
     source,
@@ -213,22 +315,6 @@ def _host_batches(plan: config_lib.Plan, source, data_step: int):
   )
 
 
-def _compile(train_step, state, batch, plan: config_lib.Plan, mesh, reporter: report.Reporter):
-  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
-
-  Says what memory the step needs, or raises UserError if a device has less.
-  """
-  start = time.perf_counter()
-  if not reporter.console.has_bar:
-    reporter.say('Compiling the training step ...')
-  cure = memory.train_cure(plan, mesh.size)
-  compiled = memory.compile_or_explain(train_step.lower(state, batch), cure)
-  needs = memory.check_fits(compiled, mesh.local_devices, cure)
-  seconds = time.perf_counter() - start
-  reporter.say(f'Compiled the training step in {seconds:.1f} s; it needs {needs} of memory.')
-  return compiled
-
-
 def _partial(plan: config_lib.Plan, step: int) -> dict[str, bool]:
   """What marks a line before which max_steps came: a run that goes on writes the whole one."""
   whole = step % plan.run.log_every == 0 or step == plan.optim.total_steps
@@ -236,24 +322,10 @@ def _partial(plan: config_lib.Plan, step: int) -> dict[str, bool]:
 
 
 def _stopping(signals: StopSignals, step: int) -> bool:
-  """Whether to stop after this step, or batch of an evaluation.
-
-  Several processes must agree: every few steps, as it costs a trip.
-  """
+  """Whether to stop after this step, or batch of an evaluation, on which all processes agree."""
   if jax.process_count() == 1:
     return signals.requested is not None
-  return step % MAX_AHEAD == 0 and sharding.any_process(signals.requested is not None)
-
-
-def _check_finite(losses: collections.deque, step: int, ahead: int = 0) -> None:
-  """Waits until the device is at most `ahead` steps behind `step`, and looks at their losses."""
-  while len(losses) > ahead:
-    loss = float(losses.popleft())
-    if not math.isfinite(loss):
-      raise UserError(
-        f'the loss of step {step - len(losses)} is {loss}; use a lower schedule.base_lr, more '
-        'schedule.warmup_epochs or optimizer.clip_norm=1'
-      )
+  return step % _AGREE_EVERY == 0 and sharding.any_process(signals.requested is not None)
 
 
 def _best_so_far(workdir: Workdir, split: str, steps_there: list[int]) -> float:

@@ -70,6 +70,10 @@ class Workdir:
     return self._written / 'metrics.jsonl'
 
   @property
+  def nonfinite_path(self) -> files.Path:
+    return self._written / 'nonfinite.jsonl'
+
+  @property
   def curves_path(self) -> files.Path:
     return self._written / 'curves.png'
 
@@ -175,35 +179,41 @@ class Workdir:
 
   def append_metrics(self, record: dict[str, Json]) -> None:
     """Adds one line, such as {'step': 100, 'split': 'train', 'loss': 1.2, ...}, and flushes it."""
-    if self._writer:
-      with self.writing(), self.metrics_path.open('a') as file:
-        file.write(json.dumps(record) + '\n')
+    self._append(self.metrics_path, record)
 
   def read_metrics(self) -> list[dict[str, Json]]:
     """All records, in order; a last line that a killed run left unfinished is ignored."""
-    if not files.exists(self.metrics_path):
-      return []
-    lines = files.read(self.metrics_path).split(b'\n')[:-1]  # the last is empty, or unfinished
-    records = []
-    for number, line in enumerate(lines, 1):
-      try:
-        records.append(json.loads(line))
-      except ValueError:
-        raise UserError(
-          f'{self.metrics_path}, line {number} is not JSON: {line[:60]!r}; mend or delete that line'
-        ) from None
-    return records
+    return _read_lines(self.metrics_path)
 
-  def cut_back(self, step: int) -> None:
-    """Removes what the run will write anew when it goes on from `step` (0: from the start).
+  def append_nonfinite(self, record: dict[str, Json]) -> None:
+    """Adds a batch whose numbers are not finite: {'step', 'data_step', 'loss', 'gradient_norm',
+    'examples'}.
+    """
+    self._append(self.nonfinite_path, record)
+
+  def read_nonfinite(self) -> list[dict[str, Json]]:
+    """All of them, as `read_metrics`."""
+    return _read_lines(self.nonfinite_path)
+
+  def cut_back(self, step: int, data_step: int) -> None:
+    """Removes what the run will write anew when it goes on from a state (0, 0: from the start).
 
     Training lines stay up to and with `step`. Evaluation lines stay before it: an evaluation that
-    is due at `step` itself is run again.
+    is due at `step` itself is run again. Batches that were not finite stay before `data_step`.
     """
-    if self._writer and files.exists(self.metrics_path):
-      kept = [r for r in self.read_metrics() if _precedes(r, step)]
+    self._keep(self.metrics_path, lambda record: _precedes(record, step))
+    self._keep(self.nonfinite_path, lambda record: record['data_step'] < data_step)
+
+  def _append(self, path: files.Path, record: dict[str, Json]) -> None:
+    if self._writer:
+      with self.writing(), path.open('a') as file:
+        file.write(json.dumps(record) + '\n')
+
+  def _keep(self, path: files.Path, wanted: Callable[[dict[str, Json]], bool]) -> None:
+    if self._writer and files.exists(path):
+      kept = [record for record in _read_lines(path) if wanted(record)]
       with self.writing():
-        _write(self.metrics_path, ''.join(json.dumps(r) + '\n' for r in kept))
+        _write(path, ''.join(json.dumps(record) + '\n' for record in kept))
 
   def _take_lock(self, token: int | None) -> Callable[[], None]:
     """Returns what gives it back."""
@@ -255,8 +265,9 @@ class Workdir:
   def _uploading(self) -> Iterator[None]:
     """While entered, what grows is written on this machine; at the end all is in the bucket."""
     local = pathlib.Path(tempfile.mkdtemp(prefix='afi_flax-'))
-    if self._writer and files.exists(self.metrics_path):
-      (local / self.metrics_path.name).write_bytes(files.read(self.metrics_path))
+    for path in (self.metrics_path, self.nonfinite_path):
+      if self._writer and files.exists(path):
+        (local / path.name).write_bytes(files.read(path))
     self._written, self._mirror = local, bucket.Mirror(local, self.folder)
     try:
       yield
@@ -361,6 +372,21 @@ def _write(path: files.Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _read_lines(path: files.Path) -> list[dict[str, Json]]:
+  """Of a file of one JSON object a line, that need not be there."""
+  if not files.exists(path):
+    return []
+  records = []
+  for number, line in enumerate(files.read(path).split(b'\n')[:-1], 1):  # the last: unfinished
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      raise UserError(
+        f'{path}, line {number} is not JSON: {line[:60]!r}; mend or delete that line'
+      ) from None
+  return records
 
 
 def _as_json(value: Json) -> Json:

@@ -76,7 +76,7 @@ def base() -> ml_collections.ConfigDict:
   config.optimizer.decay_vectors = True  # on biases and scales too
   config.optimizer.clip_norm = 0.0  # of the gradient, before the decay is added; 0: off
 
-  # What may differ when a run is resumed, since its result does not depend on it.
+  # What may differ when a run is resumed, since its result does not depend on it where all is well.
   config.run = ml_collections.ConfigDict()
   config.run.resume = ''  # another run's folder to go on from, when this one's is new
   config.run.init_from = ''  # another run's folder whose weights are where this one starts
@@ -86,6 +86,9 @@ def base() -> ml_collections.ConfigDict:
   config.run.eval_every_epochs = 1.0
   config.run.save_every_steps = 1000
   config.run.keep = 2  # newest checkpoints; the best is kept besides
+  config.run.on_nonfinite = 'raise'  # or skip the batch; or rollback to a checkpoint and past it
+  config.run.max_nonfinite = 10  # batches that may be skipped, or rolled back from
+  config.run.deterministic = False  # True: a GPU, too, repeats a run to the bit; it is slower
   config.run.profile_steps = 0  # steps to trace for XProf, from the tenth on
   return config
 

@@ -42,7 +42,8 @@ ALLOWED = {
   'evaluate': MIDDLE | {'run', 'analysis'},
   'analysis': MIDDLE | {'run', 'analysis'},
   'speed': {'config', 'analysis'},
-  'train': MIDDLE | {'run', 'evaluate', 'analysis', 'speed'},
+  'nonfinite': {'errors', 'config', 'sharding', 'workdir'},
+  'train': MIDDLE | {'run', 'evaluate', 'analysis', 'speed', 'nonfinite'},
 }
 # What each room may import from outside, where that is limited; the standard library always.
 OUTSIDE = {

@@ -275,7 +275,7 @@ def test_another_machine_goes_on_with_the_metrics(folder, quick_locks):
   for last in (200, 300):
     workdir = Workdir(folder)
     with workdir.open_for_training(CONFIG, DATASET):
-      workdir.cut_back(100)
+      workdir.cut_back(100, 100)
       for step in range(100 if last == 200 else 200, last + 1, 100):
         workdir.append_metrics({'step': step, 'split': 'train'})
   assert [r['step'] for r in Workdir(folder).read_metrics()] == [100, 200, 300]

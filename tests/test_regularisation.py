@@ -46,7 +46,7 @@ def run(num_devices, num_steps=2, regularisation=EVERYTHING, seed=0):
   now = state.initialise(MODEL, optimizer, 8, 0, replicated, regularisation.ema_decay > 0)
   states, losses = [jax.device_get(now)], []
   for batch in batches(num_steps):
-    now, loss = step(now, sharding.put_batch(batch, mesh))
+    now, (loss, _, _) = step(now, sharding.put_batch(batch, mesh))
     states.append(jax.device_get(now))
     losses.append(float(loss))
   return states, losses

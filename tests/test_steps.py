@@ -46,7 +46,7 @@ def run(plan, batches, num_devices, seed=0):
   now = state.initialise(MODEL, optimizer, 32, seed, replicated)
   losses = []
   for batch in batches:
-    now, loss = train_step(now, sharding.put_batch(batch, mesh))
+    now, (loss, _, _) = train_step(now, sharding.put_batch(batch, mesh))
     losses.append(float(loss))
   return now, losses, train_step
 
@@ -202,7 +202,7 @@ def test_micro_batches_are_a_mean_of_gradients(plan, batches, num_devices):
   parts = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
   a, loss_a = first_step(plan, parts[0], 1, micro_batches=1)
   b, loss_b = first_step(plan, parts[1], 1, 1, stats=jax.device_get(a.batch_stats))
-  np.testing.assert_allclose(loss, (loss_a + loss_b) / 2, rtol=1e-5)
+  np.testing.assert_allclose(loss[0], (loss_a[0] + loss_b[0]) / 2, rtol=1e-5)
 
   def close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
@@ -213,3 +213,55 @@ def test_micro_batches_are_a_mean_of_gradients(plan, batches, num_devices):
   )
   jax.tree.map(close, jax.device_get(got.batch_stats), jax.device_get(b.batch_stats))
   assert int(got.metric_sums['examples']) == len(batch['label'])
+
+
+class Sick(nn.Module):
+  """A network one of whose numbers is not finite, from its first step on."""
+
+  where: str
+
+  @nn.compact
+  def __call__(self, images, train):
+    zero = self.param('zero', nn.initializers.zeros, [10])
+    stats = self.variable('batch_stats', 'mean', jnp.zeros, [1])
+    logits = nn.Dense(10)(images.mean(axis=(1, 2))) + zero[None]
+    if self.where == 'the loss':
+      logits = jnp.log(logits - logits)
+    if self.where == 'the gradient':
+      logits = logits + jnp.sqrt(zero * zero)[None]  # whose derivative at 0 is not
+    if self.where == 'the statistics' and train:
+      stats.value = stats.value + jnp.inf
+    return logits
+
+
+@pytest.mark.parametrize('where', ['the loss', 'the gradient', 'the statistics', 'nothing'])
+def test_a_batch_that_is_not_finite_leaves_no_trace(plan, batches, where):
+  model, optimizer = Sick(where), optim.make(plan.optim)
+  before = state.create(model, optimizer, 32, seed=0)
+  step = jax.jit(steps.make_train_step(model, optimizer, plan.data, config.Step()))
+  after, (loss, norm, finite) = step(before, batches[0])
+  assert np.isfinite(loss) == (where != 'the loss')
+  assert np.isfinite(norm) == (where not in ('the loss', 'the gradient'))
+  assert finite == (where == 'nothing')
+  assert int(after.data_step) == 1
+  if where == 'nothing':
+    images = steps.preprocess.normalise(batches[0]['image'], plan.data.mean, plan.data.std)
+
+    def mean_loss(params):
+      logits = model.apply({'params': params, 'batch_stats': before.batch_stats}, images, False)
+      return steps.losses.cross_entropy(logits, batches[0]['label']).mean()
+
+    gradient = jax.tree.leaves(jax.grad(mean_loss)(before.params))
+    squares = [np.square(np.asarray(g, 'float64')).sum() for g in gradient]
+    np.testing.assert_allclose(norm, np.sqrt(np.sum(squares)), rtol=1e-5)
+    assert int(after.step) == 1
+  else:
+    jax.tree.map(np.testing.assert_array_equal, after, before.replace(data_step=jnp.int32(1)))
+    assert state.all_finite(after)
+
+
+def test_all_finite(plan):
+  now = state.create(Sick('nothing'), optim.make(plan.optim), 32, seed=0)
+  assert state.all_finite(now)
+  for value in (jnp.nan, jnp.inf):
+    assert not state.all_finite(now.replace(batch_stats={'mean': jnp.array([value])}))

@@ -78,7 +78,7 @@ def test_other_processes_write_nothing(workdir):
   before = {p: p.stat().st_mtime_ns for p in workdir.folder.rglob('*')}
   with workdir.open_for_training(CONFIG, DATASET, writer=False):
     workdir.append_metrics({'step': 1, 'split': 'train'})
-    workdir.cut_back(0)
+    workdir.cut_back(0, 0)
   with pytest.raises(UserError, match='seed: 0 -> 1'):
     start(workdir, change(CONFIG, 'seed', 1), writer=False)
   assert {p: p.stat().st_mtime_ns for p in workdir.folder.rglob('*')} == before
@@ -275,7 +275,7 @@ def test_metrics_round_trip(workdir):
 )
 def test_cut_back(workdir, step, train, test):
   fill(workdir)
-  workdir.cut_back(step)
+  workdir.cut_back(step, step)
   assert summary(workdir).count((step, 'test')) == 0
   splits = [split for _, split in summary(workdir)]
   assert (splits.count('train'), splits.count('test')) == (train, test)
@@ -283,7 +283,7 @@ def test_cut_back(workdir, step, train, test):
 
 def test_cut_back_without_metrics(workdir):
   start(workdir)
-  workdir.cut_back(0)
+  workdir.cut_back(0, 0)
   assert workdir.read_metrics() == []
 
 
@@ -292,7 +292,7 @@ def test_a_torn_last_line_is_ignored_and_cut(workdir):
   whole = workdir.metrics_path.read_bytes()
   workdir.metrics_path.write_bytes(whole[:-10])
   assert summary(workdir)[-1] == (300, 'train')
-  workdir.cut_back(300)
+  workdir.cut_back(300, 300)
   workdir.append_metrics({'step': 300, 'split': 'test', 'top1': 0.5})
   assert workdir.metrics_path.read_bytes() == whole
 
