@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from afi_flax import files
-from afi_flax.errors import UserError
+from afi_flax.errors import FailedError, UserError
 
 PyTree = Any
 
@@ -39,6 +39,9 @@ _COMMITTED = 'commit_success.txt'  # Orbax's; in a bucket it is what commits a s
 
 class Checkpoints:
   """The checkpoints in one folder, the newest `keep` of which Orbax keeps (None: all).
+
+  Besides, the newest stays of those on schedule, which a run can roll back to: others come from
+  stops, and which there are must not make a difference.
 
   With several processes, every method is called by all of them, in the same order. Nothing on disk
   changes before the first `save` or `set_aside`, so evaluation may look into a running run.
@@ -55,10 +58,15 @@ class Checkpoints:
   ```
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int | None = None):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    keep: int | None = None,
+    on_schedule: Callable[[int], bool] = lambda step: False,
+  ):
     self._folder = files.absolute(folder)
     self._in_bucket = files.in_bucket(self._folder)
-    self._keep = keep
+    self._preserved = _Preserved(keep, on_schedule)
     if self._in_bucket:
       self._check_access()
     self._manager = self._open()
@@ -121,7 +129,9 @@ class Checkpoints:
     if self._saving is not None and not self._manager.is_saving_in_progress():
       self._finish()
 
-  def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, int] | None:
+  def restore(
+    self, abstract_state: PyTree, step: int | None = None, on_schedule: bool = False
+  ) -> tuple[PyTree, int] | None:
     """Restores the newest good checkpoint, or that of `step`.
 
     Damaged checkpoints are logged and passed over. An unsealed one is taken only where there is no
@@ -130,15 +140,16 @@ class Checkpoints:
     Args:
       abstract_state: tree of jax.ShapeDtypeStruct with shardings, of the state's own types.
       step: restore this one or fail.
+      on_schedule: only look at those.
 
     Returns:
-      (state, step), or None if there is no checkpoint at all.
+      (state, step), or None if there is no such checkpoint at all.
 
     Raises:
       UserError: no checkpoint of `step`; it, or every one, is damaged; it is of another model.
     """
     self._finish()
-    steps = self.steps()
+    steps = [n for n in self.steps() if not on_schedule or self._preserved.on_schedule(n)]
     if step is not None and step not in steps:
       raise UserError(
         f'no checkpoint of step {step} in {self._folder}; there {_are(steps)}: give one of those'
@@ -200,7 +211,7 @@ class Checkpoints:
     registry.add(_ITEM, ocp.args.StandardSave, handler)
     registry.add(_ITEM, ocp.args.StandardRestore, handler)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=self._keep,
+      preservation_policy=self._preserved,
       create=False,  # evaluation must not make folders; `save` does
       cleanup_tmp_directories=remove_leftovers,
       # Two of these may save at once: their barriers must not meet.
@@ -233,9 +244,9 @@ class Checkpoints:
     except Exception as error:
       raise self._save_error(step, error) from error
 
-  def _save_error(self, step: int, error: Exception) -> UserError:
+  def _save_error(self, step: int, error: Exception) -> FailedError:
     self._failed = True
-    return UserError(
+    return FailedError(
       f'checkpoint {step} could not be written to {self._folder}: {_first_line(error)}; '
       f'{"mend that" if self._in_bucket else "make room or mend the disk"} and start the same '
       'command again, or take another --workdir'
@@ -342,6 +353,21 @@ class Checkpoints:
       multihost_utils.sync_global_devices('checkpoints set aside')
     self._manager = self._open(remove_leftovers=True)
     self._damaged.clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preserved:
+  """Orbax asks it which checkpoints to keep: its preservation policy."""
+
+  keep: int | None
+  on_schedule: Callable[[int], bool]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Of each, oldest first, whether it stays."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self.keep :]} if self.keep else {*steps}
+    kept.update([step for step in steps if self.on_schedule(step)][-1:])
+    return [step in kept for step in steps]
 
 
 def quiet_orbax() -> None:

@@ -12,9 +12,7 @@ from absl import app, flags, logging
 
 from afi_flax.errors import StoppedError, UserError, unknown
 
-MISTAKE = 2  # exit status of what the user can mend
-INTERRUPTED = 130  # by a second Ctrl-C
-STOPPED = 75  # of a run that a signal ended with its state saved: EX_TEMPFAIL, try again
+INTERRUPTED = 130  # exit status after a second Ctrl-C
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -23,13 +21,13 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(main, flags_parser=_parse)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(MISTAKE)
+    sys.exit(error.status)
   except KeyboardInterrupt:
     print('interrupted: what was not saved is lost', file=sys.stderr)
     sys.exit(INTERRUPTED)
   except StoppedError as stopped:
     print(stopped, file=sys.stderr)
-    sys.exit(STOPPED)
+    sys.exit(stopped.status)
 
 
 def _parse(argv: list[str]) -> list[str]:

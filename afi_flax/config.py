@@ -150,18 +150,19 @@ class Run:
 
   def due_at(self, step: int) -> bool:
     """Whether there is anything to write, save or evaluate after `step`."""
-    return (
-      step >= self.stop_step
-      or step % self.log_every == 0
-      or step % self.save_every == 0
-      or self.evaluates_at(step)
-    )
+    return step >= self.stop_step or step % self.log_every == 0 or self.saves_at(step)
 
   def evaluates_at(self, step: int) -> bool:
     """Whether `step` is the first one after a multiple of `eval_every`, or the last of the run."""
+    return self._ends_epochs(step) or (step > 0 and step >= self.stop_step)
+
+  def saves_at(self, step: int) -> bool:
+    """Whether every run with these intervals saves after `step`, wherever it is stopped."""
+    return step > 0 and (step % self.save_every == 0 or self._ends_epochs(step))
+
+  def _ends_epochs(self, step: int) -> bool:
     times = math.floor(step / self.eval_every)
-    due = times > 0 and step == math.ceil(times * self.eval_every - 1e-6)
-    return step > 0 and (due or step >= self.stop_step)
+    return times > 0 and step == math.ceil(times * self.eval_every - 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,19 @@ from collections.abc import Iterable
 class UserError(Exception):
   """A mistake that the user can mend: one line with the value, the limit and the cure.
 
-  Every command prints it as `error: ...` without a stack trace and exits with status 2.
+  Every command prints it as `error: ...` without a stack trace and exits with its status.
   """
+
+  status = 2
+
+
+class FailedError(UserError):
+  """What failed from outside in the middle of the work, such as a full disk: one line, likewise.
+
+  Trying again may help, so its exit status is not a mistake's, which launchers do not try again.
+  """
+
+  status = 74  # EX_IOERR
 
 
 def unknown(kind: str, name: str, options: Iterable[str], cure: str = '') -> UserError:
@@ -23,3 +34,5 @@ def unknown(kind: str, name: str, options: Iterable[str], cure: str = '') -> Use
 
 class StoppedError(Exception):
   """Not a mistake: a signal ended the run, whose state is saved for the same command to go on."""
+
+  status = 75  # EX_TEMPFAIL: try again

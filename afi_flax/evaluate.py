@@ -38,7 +38,9 @@ class Evaluator:
     self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
     run.check_same_data(plan.dataset, len(self._source))
     self._host_batches().close()  # a size that does not go with the pictures shows now
-    self._step = steps.jit_eval_step(model, plan.data, sharding.replicated(mesh))
+    self._step = steps.jit_eval_step(
+      model, plan.data, sharding.replicated(mesh), plan.run.deterministic
+    )
     self._compiled = None
 
   def __call__(

@@ -5,8 +5,9 @@
 
 Any key of the config can be set, --config.batch_size=512; what stands behind a colon picks a
 variant, --config configs/cifar100_afi_resnet32.py:b. The same command goes on with a run that was
-stopped. Exit status: 0 done; 2 a mistake in what was asked for, which one line names; 75 stopped by
-a signal with the state saved, to be started again; anything else, a failure.
+stopped. Exit status: 0 done; 2 a mistake in what was asked for, which one line names; 74 something
+that it needs failed, such as the disk, which one line names; 75 stopped by a signal with the state
+saved, to be started again; anything else, a failure.
 
 On several hosts the same command runs on each. Cloud TPU, GKE and SLURM tell it which of them it
 is, elsewhere --coordinator, --processes and --process do.

@@ -22,7 +22,7 @@ import jax
 from afi_flax.errors import StoppedError, UserError
 from afi_flax.place import Place, bracketed
 
-_MISTAKE, _FAILURE = 2, 1  # exit status
+_FAILURE = 1  # exit status of what nobody has foreseen
 _PARTING = 5.0  # seconds that a process which ends gives the others to hear why
 _OPENING = 30.0  # seconds that process 0 may take from the roll call until JAX listens there
 _GRACE = 2.0  # seconds in which the reason for another process's end comes in
@@ -289,7 +289,7 @@ class _Group:
       self._say_done()
       raise
     except UserError as error:
-      self._fail(str(error), _MISTAKE)
+      self._fail(str(error), error.status)
       raise
     except KeyboardInterrupt:
       self._fail('interrupted', 130)

@@ -154,33 +154,49 @@ def jit_train_step(
   how: config.Step,
   sharding: jax.sharding.Sharding,
   remat: str,
+  deterministic: bool = False,
 ) -> jax.stages.Wrapped:
-  """`make_train_step` as it is run: the state, of that sharding, makes room for the next."""
+  """`make_train_step` as it is run: the state, of that sharding, makes room for the next.
+
+  `remat` and `deterministic` are `model.remat` and `run.deterministic` of the config.
+  """
   (device, *_) = sharding.device_set
   return jax.jit(
     make_train_step(model, optimizer, data, how),
     donate_argnums=0,
     out_shardings=sharding,
-    compiler_options=compiler_options(remat, device),
+    compiler_options=compiler_options(remat, deterministic, device),
   )
 
 
-def compiler_options(remat: str, device: jax.Device) -> dict[str, str] | None:
-  """What `jax.jit` of the train step needs so that `model.remat` saves memory on the CPU too.
+def compiler_options(remat: str, deterministic: bool, device: jax.Device) -> dict[str, str | bool]:
+  """What `jax.jit` needs of a step so that the config's `model.remat` and `run.deterministic` hold.
 
   XLA's CPU compiler removes the barriers of `jax.checkpoint` and then merges what is to be computed
-  again with its first computation, which keeps all of it in memory.
+  again with its first computation, which keeps all of it in memory. Its GPU compiler otherwise adds
+  up in the order in which threads happen to come (atomics), and takes of several kernels the one
+  that happens to be faster when it compiles. The CPU and TPUs repeat a step to the bit anyway.
   """
-  if remat == 'none' or device.platform != 'cpu':
-    return None
-  return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
+  if device.platform == 'cpu' and remat != 'none':
+    return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
+  if device.platform == 'gpu' and deterministic:
+    return {'xla_gpu_deterministic_ops': True}
+  return {}
 
 
 def jit_eval_step(
-  model: nn.Module, data: config.Data, sharding: jax.sharding.Sharding
+  model: nn.Module,
+  data: config.Data,
+  sharding: jax.sharding.Sharding,
+  deterministic: bool = False,
 ) -> jax.stages.Wrapped:
-  """`make_eval_step` as it is run; its sums have that sharding."""
-  return jax.jit(make_eval_step(model, data), out_shardings=sharding)
+  """`make_eval_step` as it is run; its sums have that sharding. `deterministic` as in training."""
+  (device, *_) = sharding.device_set
+  return jax.jit(
+    make_eval_step(model, data),
+    out_shardings=sharding,
+    compiler_options=compiler_options('none', deterministic, device),
+  )
 
 
 def make_eval_step(model: nn.Module, data: config.Data) -> Callable[[dict, Batch], metrics.Sums]:

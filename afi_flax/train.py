@@ -94,12 +94,13 @@ class _Training:
     """While entered, the workdir is locked, its checkpoints are open and signals are caught."""
     token = int(sharding.first_process_says(secrets.randbelow(2**24)))  # exact in a float32
     dataset, writer = dataclasses.asdict(self._plan.dataset), jax.process_index() == 0
+    workdir, how, closing = self._workdir, self._plan.run, contextlib.closing
     with (
-      self._workdir.open_for_training(config, dataset, writer, token),
+      workdir.open_for_training(config, dataset, writer, token),
       StopSignals() as signals,
-      contextlib.closing(Checkpoints(self._workdir.checkpoints, self._plan.run.keep)) as last,
-      contextlib.closing(Checkpoints(self._workdir.best, keep=1)) as best,
-      contextlib.closing(self._trace),
+      closing(Checkpoints(workdir.checkpoints, how.keep, how.saves_at)) as last,
+      closing(Checkpoints(workdir.best, keep=1)) as best,
+      closing(self._trace),
     ):
       self._checkpoints, self._best = last, best
       yield signals
@@ -135,7 +136,7 @@ class _Training:
     """Restores or makes the state and takes what is newer out of the folder; where from."""
     plan, workdir, self._state = self._plan, self._workdir, None
     self._state, origin = _initial_state(
-      plan, self._model, self._optimizer, self._mesh, self._checkpoints
+      plan, self._model, self._optimizer, self._mesh, self._checkpoints, rolling_back=past > 0
     )
     if past:
       counter = jax.device_put(jnp.int32(past), sharding.replicated(self._mesh))
@@ -172,7 +173,7 @@ class _Training:
     evaluate = new and how.evaluates_at(step)
     if new and (step % how.log_every == 0 or step >= how.stop_step):
       self._log(step)
-    if step and (stop or evaluate or (new and step % how.save_every == 0)):
+    if step and (stop or evaluate or (new and how.saves_at(step))):
       self._save(step)
     if evaluate:
       stop = not self._evaluate(step, signals) or stop
@@ -245,6 +246,7 @@ class _Training:
       plan.step,
       sharding.replicated(mesh),
       plan.model.remat,
+      plan.run.deterministic,
     )
     cure = memory.train_cure(plan, mesh.size)
     compiled = memory.compile_or_explain(train_step.lower(self._state, batch), cure)
@@ -255,13 +257,13 @@ class _Training:
 
 
 def _initial_state(
-  plan: config_lib.Plan, model, optimizer, mesh, checkpoints: Checkpoints
+  plan: config_lib.Plan, model, optimizer, mesh, checkpoints: Checkpoints, rolling_back: bool
 ) -> tuple[state_lib.TrainState, str]:
   """Where the run starts, and in words: its own folder, else run.resume, run.init_from, scratch."""
   replicated = sharding.replicated(mesh)
   size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
   abstract = state_lib.abstract(model, optimizer, size, replicated, ema)
-  if found := checkpoints.restore(abstract):
+  if found := checkpoints.restore(abstract, on_schedule=rolling_back):
     return found[0], f'resumed at step {found[1]}'
   if plan.run.resume:
     state, step = run.restore(Workdir(plan.run.resume), abstract, 'last')

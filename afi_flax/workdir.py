@@ -34,7 +34,7 @@ from flax.traverse_util import flatten_dict
 
 from afi_flax import bucket, files
 from afi_flax.config import MAY_DIFFER, complete
-from afi_flax.errors import UserError
+from afi_flax.errors import FailedError, UserError
 
 Json = Any  # what json.loads returns
 
@@ -54,6 +54,7 @@ class Workdir:
     self._in_bucket = files.in_bucket(self.folder)
     self._written = self.folder  # where what grows line by line is
     self._writer = True
+    self._running = False  # it could be written when the run began
     self._lock: bucket.Lock | None = None
     self._mirror: bucket.Mirror | None = None
 
@@ -135,7 +136,11 @@ class Workdir:
         if writer:
           _write(self.config_path, json.dumps(config, indent=2) + '\n')
           _write(self.dataset_path, json.dumps(dataset, indent=2) + '\n')
-      yield
+      self._running = True
+      try:
+        yield
+      finally:
+        self._running = False
 
   def poll(self) -> None:
     """For every step; cheap.
@@ -276,7 +281,7 @@ class Workdir:
         logging.error('%s', why)  # what ended the run goes first
       raise
     if why := self._end_uploading(local):
-      raise UserError(why)
+      raise FailedError(why)
 
   def _end_uploading(self, local: pathlib.Path) -> str | None:
     """Uploads the rest, unless the folder is another run's by now; why that failed, or None."""
@@ -317,11 +322,12 @@ class Workdir:
 
   @contextlib.contextmanager
   def writing(self) -> Iterator[None]:
-    """Inside it, a failure to write is a UserError that names the folder."""
+    """Inside it, a failure to write is an error that names the folder: FailedError in a run."""
     try:
       yield
     except OSError as error:
-      raise UserError(
+      kind = FailedError if self._running else UserError
+      raise kind(
         f'cannot write to workdir {self.folder}: {error.strerror}; '
         'mend that, or take another --workdir'
       ) from error

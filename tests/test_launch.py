@@ -16,7 +16,7 @@ import threading
 import pytest
 import yaml
 
-from afi_flax import commands
+from afi_flax.errors import FailedError, StoppedError, UserError
 
 FLAGS = [
   '--config', 'configs/digits_afi_resnet20.py:b,se',
@@ -210,22 +210,22 @@ def test_dry_run_of_slurm(machine):
   assert words[-2:] == ['--config', 'c.py']
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
 def test_slurm_queues_only_a_stopped_run_again(machine, status):
   machine.ends_with(status)
   given = ('--name=afi', '--nodes=1', '--gpus=1', '--', *FLAGS)
   machine.launch('slurm.sh', *given, status=status)
-  assert machine.log('scontrol') == (['requeue 7'] if status == commands.STOPPED else [])
+  assert machine.log('scontrol') == (['requeue 7'] if status == StoppedError.status else [])
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
 def test_local_ends_as_its_processes(machine, status):
   machine.ends_with(status)
   machine.launch('local.sh', '--processes=2', '--', *FLAGS, status=status)
   assert len(machine.calls()) == 2
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, commands.STOPPED])
+@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
 def test_tpu_vm_ends_as_the_run(machine, status):
   machine.ends_with(status)
   machine.launch('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, '--', *FLAGS, status=status)
@@ -355,14 +355,14 @@ def test_jobset_tells_exit_statuses_apart(machine):
   jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
   job = jobset['spec']['replicatedJobs'][0]['template']['spec']
   rule, disrupted = job['podFailurePolicy']['rules']  # a saved state says more than a disruption
-  assert rule['onExitCodes']['values'] == [commands.MISTAKE, commands.STOPPED]
+  assert rule['onExitCodes']['values'] == [UserError.status, StoppedError.status]
   assert rule['onExitCodes']['containerName'] == container(jobset)['name']
   assert disrupted['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
   # What Kubernetes' job controller says of each.
   pod = 'pod lab/afi-host-0-1-x'
   mistake, stopped = (
     f'Container afi-flax for {pod} failed with exit code {status} matching FailJob rule at index 0'
-    for status in (commands.MISTAKE, commands.STOPPED)
+    for status in (UserError.status, StoppedError.status)
   )
   evicted = f'P{pod[1:]} has condition DisruptionTarget matching FailJob rule at index 1'
   actions = {}
