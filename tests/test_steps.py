@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -265,3 +267,14 @@ def test_all_finite(plan):
   assert state.all_finite(now)
   for value in (jnp.nan, jnp.inf):
     assert not state.all_finite(now.replace(batch_stats={'mean': jnp.array([value])}))
+
+
+def test_what_the_compiler_is_told():
+  gpu, cpu = (types.SimpleNamespace(platform=platform) for platform in ('gpu', 'cpu'))
+  assert steps.compiler_options('none', True, cpu) == {}
+  assert steps.compiler_options('block', False, gpu) == {}
+  assert set(steps.compiler_options('block', False, cpu)) == {'xla_disable_hlo_passes'}
+  options = steps.compiler_options('none', True, gpu)
+  assert options
+  # XLA refuses options that it does not know, whatever they are for.
+  assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
