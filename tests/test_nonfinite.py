@@ -1,7 +1,10 @@
 """Batches whose numbers are not finite: what is written down, and how the run goes on."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,10 @@ import pytest
 
 from afi_flax import config, nonfinite, preprocess, run, train
 from afi_flax.checkpoint import Checkpoints
+from afi_flax.data import sources
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
+from benchmarks.processes import free_port
 from configs import digits_afi_resnet20 as digits
 
 GOOD, BAD = (1.5, 2.0, 1.0), (np.nan, np.inf, 0.0)
@@ -92,19 +97,21 @@ POISONED = (29, 600)
 # (The loss itself stays finite here: XLA's CPU takes the larger of NaN and 0 to be 0 in a ReLU.)
 
 
+def poisoned(normalise):
+  """`preprocess.normalise` that makes NaNs of these two pictures."""
+  images = sources.open_split('digits', '', recipe('raise').data.train_split).images
+  marks = images[list(POISONED)]
+
+  def normalise_the_others(pictures, mean, std):
+    same = (pictures[:, None] == marks[None]).all(axis=(2, 3, 4)).any(axis=1)
+    return jnp.where(same[:, None, None, None], jnp.nan, normalise(pictures, mean, std))
+
+  return normalise_the_others
+
+
 @pytest.fixture
 def poison(monkeypatch):
-  from afi_flax.data import sources
-
-  images = sources.open_split('digits', '', 'train').images
-  marks = jnp.asarray(images[list(POISONED)])
-  normal = preprocess.normalise
-
-  def normalise(pictures, mean, std):
-    same = (pictures[:, None] == marks[None]).all(axis=(2, 3, 4)).any(axis=1)
-    return jnp.where(same[:, None, None, None], jnp.nan, normal(pictures, mean, std))
-
-  monkeypatch.setattr(preprocess, 'normalise', normalise)
+  monkeypatch.setattr(preprocess, 'normalise', poisoned(preprocess.normalise))
 
 
 def recipe(policy, **keys):
@@ -193,3 +200,43 @@ def test_what_is_written_down_is_json(tmp_path, poison):
   train.train(recipe('skip', max_steps=40), tmp_path)
   for line in (tmp_path / 'nonfinite.jsonl').read_text().splitlines():
     json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+
+
+ONE_OF_TWO = """
+import sys
+import jax.numpy as jnp
+from afi_flax import commands, preprocess, processes, train
+from afi_flax.place import find_place
+from tests.test_nonfinite import poisoned, recipe
+port, index, folder = sys.argv[1:]
+preprocess.normalise = poisoned(preprocess.normalise)
+
+def main(_):
+  with processes.together(find_place(f'127.0.0.1:{port}', 2, int(index)), {}):
+    train.train(recipe('rollback', max_steps=20), folder)
+
+sys.argv[1:] = []
+commands.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault('numbers', 'NaNs on several processes', 'rolled back alike, all ids written')
+def test_two_processes(tmp_path, root):
+  port, environment = (
+    str(free_port()),
+    os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(root)},
+  )
+  running = [
+    subprocess.Popen(
+      [sys.executable, '-c', ONE_OF_TWO, port, str(i), str(tmp_path)],
+      env=environment, stderr=subprocess.PIPE, text=True,
+    )
+    for i in (0, 1)
+  ]  # fmt: skip
+  errors = [process.communicate(timeout=300)[1] for process in running]
+  assert [process.returncode for process in running] == [0, 0], errors
+  event, *_ = Workdir(tmp_path).read_nonfinite()
+  assert len(set(event['examples'])) == 48
+  assert set(event['examples']) & set(POISONED)
+  assert left(tmp_path)[2] == 20
