@@ -22,6 +22,15 @@ class FailedError(UserError):
   status = 74  # EX_IOERR
 
 
+def shown(name: str) -> str:
+  r"""A name as one line that prints anywhere: 'a\nb' has no line break, and bytes of no text \udc..
+
+  >>> shown('line\nbreak')
+  'line\\nbreak'
+  """
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def unknown(kind: str, name: str, options: Iterable[str], cure: str = '') -> UserError:
   """The error for a name that is not in a table: the nearest ones, or all where there are few."""
   options = sorted(options)

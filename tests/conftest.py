@@ -14,6 +14,9 @@ from tests.faults import (  # noqa: F401
 )
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault(  # or it leaves a folder in the repository
+  'HYPOTHESIS_STORAGE_DIRECTORY', os.path.expanduser('~/.cache/afi_flax/hypothesis')
+)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -74,7 +74,10 @@ class Pictures:
   def _records(self):
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(self._prepared)
+    try:
+      builder = tfds.builder_from_directory(self._prepared)
+    except Exception as e:  # TFDS raises nearly anything on damaged descriptions
+      raise _damaged_info(self._prepared, 'features.json') from e
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return builder.as_data_source(split=self._split, deserialize_method=raw)
 
@@ -86,20 +89,20 @@ class Pictures:
       UserError: the label is out of range.
     """
     with _damage_as_os_error():
-      record = self._records[self._start + i]
-    return self._parse(i, record)
+      return self._parse(i, self._records[self._start + i])
 
   def read_named(self, i: int) -> tuple[bytes, str]:
     """Bytes of picture i and the name that its file had; OSError where the record is damaged."""
     with _damage_as_os_error():
       feature = _features(self._records[self._start + i])
-    return feature['image'].bytes_list.value[0], feature['file_name'].bytes_list.value[0].decode()
+      name = feature['file_name'].bytes_list.value[0].decode()
+      return feature['image'].bytes_list.value[0], name
 
   def read_many(self, chunk: range) -> list[tuple[bytes, int]]:
     """As `read` for each of a range, at less than half the time."""
     with _damage_as_os_error():
       records = self._records.__getitems__([self._start + i for i in chunk])
-    return [self._parse(i, record) for i, record in zip(chunk, records, strict=True)]
+      return [self._parse(i, record) for i, record in zip(chunk, records, strict=True)]
 
   def name(self, i: int) -> str:
     """What to call picture i in a message."""
@@ -118,16 +121,24 @@ class Pictures:
         records = self.read_many(chunk)
       except OSError as e:
         raise self._damaged(chunk, str(e)) from e
-      images = [
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data, _ in records
-      ]
+      try:
+        images = [
+          cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data, _ in records
+        ]
+      except cv2.error as e:  # of no bytes, or of more pixels than OpenCV allows
+        raise self._damaged(chunk, 'not a picture') from e
       if any(image is None for image in images):
         raise self._damaged(chunk, 'not a picture')
+      if len({image.shape for image in images}) > 1:
+        raise self._damaged(chunk, 'a picture of another size')
       return np.stack(images)[..., ::-1], [label for _, label in records]  # OpenCV's order is BGR
 
     chunks = [range(at, min(at + _CHUNK, len(self))) for at in range(0, len(self), _CHUNK)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
       images, labels = zip(*pool.map(decode, chunks), strict=True)
+    for chunk, part in zip(chunks, images, strict=True):
+      if part.shape[1:] != images[0].shape[1:]:
+        raise self._damaged(chunk, 'a picture of another size')
     return np.concatenate(images), np.concatenate(labels).astype(np.int32)
 
   def _damaged(self, chunk: range, reason: str) -> UserError:
@@ -170,7 +181,8 @@ def open_split(
       f'again beside them: {prepare_command(dataset, f"{folder}_array_record")}'
     )
   wanted = len(_shard_lengths(prepared)[split])
-  found = len(list(prepared.glob(f'{dataset}-{split}.array_record-*')))
+  # One that is a pipe would keep its reader waiting for ever.
+  found = sum(path.is_file() for path in prepared.glob(f'{dataset}-{split}.array_record-*'))
   if found != wanted:
     raise UserError(
       f'{prepared} has {found} of {wanted} files of its {split} split; '
@@ -188,10 +200,17 @@ def _features(record: bytes):
 
 @contextlib.contextmanager
 def _damage_as_os_error() -> Iterator[None]:
-  """array_record raises a RuntimeError, with a long text, where a file is damaged."""
+  """array_record raises a RuntimeError, with a long text, where a file is damaged.
+
+  What stands in a record of something else, protobuf and a look into it fail in their own ways.
+  """
   try:
     yield
-  except RuntimeError as e:
+  except UserError:
+    raise
+  except IndexError as e:
+    raise OSError('damaged record: no picture, label or name in it') from e
+  except Exception as e:
     raise OSError(f'damaged record: {" ".join(str(e).split(" (")[0].split())[:80]}') from e
 
 
@@ -203,7 +222,7 @@ def _delete_and_prepare(prepared: pathlib.Path) -> str:
 def _read_info(prepared: pathlib.Path) -> dict:
   try:
     info = json.loads((prepared / 'dataset_info.json').read_text())
-  except ValueError as e:  # of JSON or of UTF-8
+  except (OSError, ValueError, RecursionError) as e:  # of the file, of JSON or of UTF-8
     raise _damaged_info(prepared) from e
   if not isinstance(info, dict):
     raise _damaged_info(prepared)
@@ -219,5 +238,5 @@ def _shard_lengths(prepared: pathlib.Path) -> dict[str, list[int]]:
     raise _damaged_info(prepared) from e
 
 
-def _damaged_info(prepared: pathlib.Path) -> UserError:
-  return UserError(f'{prepared}/dataset_info.json is damaged; {_delete_and_prepare(prepared)}')
+def _damaged_info(prepared: pathlib.Path, name: str = 'dataset_info.json') -> UserError:
+  return UserError(f'{prepared}/{name} is damaged; {_delete_and_prepare(prepared)}')

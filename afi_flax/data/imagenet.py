@@ -165,7 +165,7 @@ def _read_real(file: str | os.PathLike, num_classes: int) -> np.ndarray:
       raise ValueError(f'a label is not a number from 0 to {num_classes - 1}')
   except FileNotFoundError:
     raise UserError(f'no {file}; fetch real.json from {_REAL_URL} and put it there') from None
-  except (TypeError, ValueError) as e:  # of JSON, of UTF-8, or of what is in it
+  except (OSError, TypeError, ValueError, RecursionError) as e:  # of the file, or what is in it
     raise UserError(f'{file} is damaged ({e}); fetch it again from {_REAL_URL}') from e
   padded = np.full((len(found), max(map(len, found), default=1) or 1), -1, np.int32)
   for row, labels in zip(padded, found, strict=True):

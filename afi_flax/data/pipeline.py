@@ -25,7 +25,7 @@ from absl import flags, logging
 from afi_flax import random_draws
 from afi_flax.data import augment as augment_lib
 from afi_flax.data import decode, distort, imagenet, sources
-from afi_flax.errors import UserError
+from afi_flax.errors import UserError, shown
 
 Batch = dict[str, np.ndarray]
 
@@ -310,8 +310,9 @@ class _TrainElement:
       if self.distortion:
         image = self.distortion(image, self.seed, epoch, example)
       return _element(image, label, example, bad) | {'epoch': np.int32(epoch)}
+    why = bad['reason'][0].decode(errors='replace')
     raise UserError(
-      f'{_TRIES} pictures in a row cannot be read, {self.source.name(wanted)} the first; '
+      f'{_TRIES} pictures in a row cannot be read, {self.source.name(wanted)} the first ({why}); '
       'repair or remove them'
     )
 
@@ -349,7 +350,7 @@ def _no_label(source: sources.Encoded) -> int | np.ndarray:
 def _reason(error: Exception) -> bytes:
   """One short line; of an OSError without the file's name, which the warning has already."""
   text = getattr(error, 'strerror', None) or str(error)
-  return ' '.join(text.split()).encode(errors='replace')
+  return shown(' '.join(text.split())).encode()
 
 
 def _element(image: np.ndarray, label: int | np.ndarray, example: int, bad: np.ndarray) -> Batch:

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -8,6 +9,12 @@ import pytest
 
 from afi_flax.data import array_records
 from afi_flax.errors import UserError
+
+records = pytest.mark.fault(
+  'picture',
+  'array_record files: damaged, of something else, a pipe',
+  'named; one picture, or refused',
+)
 
 
 def test_pictures_and_labels_are_those_of_the_archive(tiny_cifar100):
@@ -63,6 +70,7 @@ def damage_a_record(prepared) -> None:
   file.write_bytes(data)
 
 
+@records
 def test_a_damaged_record_is_one_picture_that_cannot_be_read(copied):
   data_dir, prepared = copied
   damage_a_record(prepared)
@@ -79,6 +87,7 @@ def test_a_damaged_record_is_one_picture_that_cannot_be_read(copied):
   assert len(errors[0]) < 100
 
 
+@records
 def test_a_damaged_record_of_a_set_in_memory_names_the_cure(copied):
   data_dir, prepared = copied
   damage_a_record(prepared)
@@ -93,8 +102,88 @@ def test_a_damaged_record_of_a_set_in_memory_names_the_cure(copied):
   assert '\n' not in message
 
 
+def of_something_else(key):
+  """A record as TFDS writes them, with one feature."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  example = tf_example_pb2.Example()
+  example.features.feature[key].bytes_list.value.append(b'no picture')
+  return example.SerializeToString()
+
+
+@records
 @pytest.mark.parametrize(
-  'text', ['', '{"splits": [', '[]', '{}', '{"splits": [{"name": "train"}]}', '\xff']
+  'record', [b'', b'\xff' * 50, of_something_else('x'), of_something_else('image')]
+)
+def test_records_of_something_else(copied, record):
+  from array_record.python import array_record_module
+
+  data_dir, prepared = copied
+  [file] = prepared.glob('cifar100-train.array_record-*')
+  writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1')
+  for _ in range(60):
+    writer.write(record)
+  writer.close()
+  source = array_records.open_split('cifar100', str(data_dir), 'train', 0, 60, 100)
+  with pytest.raises(OSError, match=r'^damaged record: ') as e:
+    source.read(7)
+  assert '\n' not in str(e.value)
+  with pytest.raises(
+    UserError, match=r'^cifar100 train example 0 or one soon after cannot be read'
+  ):
+    source.decode()
+
+
+@records
+@pytest.mark.parametrize('replace', [os.mkfifo, os.mkdir, lambda path: path.symlink_to('nowhere')])
+def test_a_file_of_records_that_is_none(copied, replace):
+  data_dir, prepared = copied
+  [file] = prepared.glob('cifar100-test.array_record-*')
+  file.unlink()
+  replace(file)
+  with pytest.raises(UserError, match=r'has 0 of 1 files of its test split; delete /.* and run'):
+    array_records.open_split('cifar100', str(data_dir), 'test', 0, 20, 100)
+
+
+@records
+@pytest.mark.parametrize('size', [0, 1000, 70_000])
+def test_a_file_of_records_that_was_cut_off(copied, size):
+  data_dir, prepared = copied
+  [file] = prepared.glob('cifar100-train.array_record-*')
+  os.truncate(file, size)
+  source = array_records.open_split('cifar100', str(data_dir), 'train', 0, 60, 100)
+  with pytest.raises(OSError, match=r'^damaged record: '):
+    source.read(59)
+
+
+@records
+def test_pictures_of_two_sizes_in_a_set_in_memory(copied, monkeypatch):
+  source = array_records.open_split('cifar100', str(copied[0]), 'train', 0, 60, 100)
+  pictures = [
+    cv2.imencode('.png', np.zeros((side, 9, 3), np.uint8))[1].tobytes() for side in (8, 9)
+  ]
+  monkeypatch.setattr(source, 'read_many', lambda chunk: [(pictures[i > 30], 0) for i in chunk])
+  for size in (7, 500):  # in chunks of their own, and in one
+    monkeypatch.setattr(array_records, '_CHUNK', size)
+    with pytest.raises(UserError, match=r'cannot be read \(a picture of another size\); delete'):
+      source.decode()
+
+
+@records
+@pytest.mark.parametrize('text', [None, '', '{', '[]', '{"a": 1}'])
+def test_a_damaged_list_of_features_names_the_cure(copied, text):
+  data_dir, prepared = copied
+  (prepared / 'features.json').unlink()
+  if text is not None:
+    (prepared / 'features.json').write_text(text)
+  source = array_records.open_split('cifar100', str(data_dir), 'train', 0, 60, 100)
+  with pytest.raises(UserError, match=r'/features.json is damaged; delete /.* and run `python -m'):
+    source.read(0)
+
+
+@records
+@pytest.mark.parametrize(
+  'text', ['', '{"splits": [', '[]', '{}', '{"splits": [{"name": "train"}]}', '\xff', '[' * 100_000]
 )
 def test_a_damaged_description_names_the_cure(copied, text):
   data_dir, prepared = copied

@@ -177,6 +177,12 @@ def test_damaged_labels(shared, tmp_path, text):
   )
 
 
+def test_labels_that_are_no_file(tmp_path):
+  (tmp_path / 'real.json').mkdir()
+  said = message(sources.open_split, 'imagenet2012_real', str(tmp_path), 'validation')
+  assert said.startswith(f'{tmp_path}/real.json is damaged ([Errno 21] Is a directory')
+
+
 def test_labels_that_do_not_go_with_the_pictures(shared, tmp_path):
   classes = imagenet.class_names()[:2]
   files = [(classes[0], 'tench.JPEG', 0), (classes[1], validation_name(8), 1)]

@@ -168,6 +168,7 @@ def test_too_little_shared_memory_for_the_workers_is_an_error(pictures, tmp_path
     pipeline.eval_batches(pictures, batch_size=8, image_size=24, workers=3)
 
 
+@pytest.mark.fault('picture', 'PNGs that are called .jpg', 'decoded right, without a warning')
 def test_the_content_and_not_the_name_tells_the_format(picture_folder, caplog):
   picture = Image.fromarray(np.full((30, 40, 3), (200, 100, 50), np.uint8))
   for path in picture_folder.glob('train/*/*.jpg'):
@@ -306,6 +307,11 @@ def test_the_warning_gives_the_reason_also_from_workers(damaged, caplog, workers
   assert sum('): not a picture of a known format; ' in m for m in messages) == 1
 
 
+@pytest.mark.fault(
+  'picture',
+  'more of them than data.max_unreadable',
+  'ends with their number, the last and the cure',
+)
 @pytest.mark.parametrize('read', [train, evaluate])
 def test_past_the_limit_is_an_error(damaged, read):
   source, _ = damaged
@@ -319,11 +325,17 @@ def test_past_the_limit_is_an_error(damaged, read):
     read(source, options | {'max_unreadable': 0})
 
 
+@pytest.mark.fault(
+  'picture', 'nothing but empty files', 'ends with the first, the reason and the cure'
+)
 def test_nothing_but_unreadable_pictures_is_an_error(picture_folder):
   for file in picture_folder.glob('train/*/*.jpg'):
     file.write_bytes(b'')
   source = sources.open_split('image_folder', str(picture_folder), 'train')
-  with pytest.raises(UserError, match='16 pictures in a row cannot be read, /'):
+  with pytest.raises(
+    UserError,
+    match=r'^16 pictures in a row cannot be read, /.* the first \(an empty file\); repair or',
+  ):
     train(source, {'augment': 'none', 'image_size': 24})
 
 
