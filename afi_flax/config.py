@@ -3,20 +3,23 @@
 The only reader of ConfigDict keys, and the place where a wrong one is explained.
 """
 
+import contextlib
 import dataclasses
 import math
-import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from afi_flax import config_keys
 from afi_flax.data import augment, distort, sources
-from afi_flax.errors import UserError, unknown
+from afi_flax.errors import UserError, shown, unknown
 from afi_flax.models import create_model, residual_blocks
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
 MAY_DIFFER = ('run', 'data.data_dir')
+_SMALLEST, _LARGEST = 1e-30, 1e30  # learning rates: within float32, with room to work with
+_MAX_STEPS = 2**31 - 1  # what an int32 on the device counts
 # Keys that there have not always been, with what runs did before.
 _SINCE = {
   'batch_norm.scope': 'global',
@@ -187,7 +190,13 @@ class Plan:
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
   """The config of a run that may be older than some keys, with what it did without them."""
-  return unflatten_dict(_SINCE | flatten_dict(config, sep='.'), sep='.')
+  filled = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+  for key, value in _SINCE.items():
+    group, _, name = key.rpartition('.')
+    place = filled.setdefault(group, {}) if group else filled
+    if isinstance(place, dict):
+      place.setdefault(name, value)
+  return filled
 
 
 def resolve(
@@ -204,18 +213,21 @@ def resolve(
     UserError: one line with the key, its value, the limit and the cure.
   """
   try:
-    completed = ml_collections.ConfigDict(complete(config.to_dict()))
-    return _resolve(completed, device_count, dataset)
-  except (AttributeError, KeyError) as error:
-    if not _raised_by_ml_collections(error):
-      raise
-    missing = str(error).replace('\\n', ' ').strip('\'"')
-    raise UserError(f'the config lacks a key: {missing}; compare configs/common.py') from error
+    given = config.to_dict()
+    config_keys.check(given)
+    completed = complete(given)
+    config_keys.check_complete(completed)
+    return _resolve(ml_collections.ConfigDict(completed), device_count, dataset)
+  except ml_collections.config_dict.RequiredValueError as error:
+    raise UserError(_one_line(f'the config lacks a value: {error}')) from error
+  except UserError as error:
+    raise type(error)(_one_line(str(error))) from error
 
 
-def _raised_by_ml_collections(error: Exception) -> bool:
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  return frame.f_globals['__name__'].startswith('ml_collections.')
+def _one_line(text: str) -> str:
+  """Printable and of bounded length, whatever the values that it quotes."""
+  text = shown(text)
+  return text if len(text) <= 1000 else f'{text[:500]} ... {text[-400:]}'
 
 
 def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Dataset | None) -> Plan:
@@ -230,6 +242,11 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     raise UserError(f'seed {config.seed} must be in 0..4294967295')
   steps_per_epoch = dataset.num_train / batch
   total_steps = math.ceil(config.epochs * dataset.num_train / batch)
+  if total_steps >= _MAX_STEPS:
+    raise UserError(
+      f'epochs {config.epochs} are {total_steps:.3g} steps of batch_size {batch}; use at most '
+      f'{_MAX_STEPS * batch / dataset.num_train:.3g}'
+    )
   return Plan(
     seed=config.seed,
     model=_model(config.model, len(dataset.class_names)),
@@ -251,9 +268,11 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
 
 def _measure(data: ml_collections.ConfigDict) -> Dataset:
   info = sources.describe(data.dataset, data.data_dir)
-  train, first, last = sources.split_range(data.train_split, info)
+  with _naming('data.train_split'):
+    train, first, last = sources.split_range(data.train_split, info)
   eval_info = sources.describe(_eval_dataset(data), data.data_dir)
-  held, start, stop = sources.split_range(data.eval_split, eval_info)
+  with _naming('data.eval_split'):
+    held, start, stop = sources.split_range(data.eval_split, eval_info)
   same = eval_info.name == info.name
   if same and train == held and max(first, start) < min(last, stop):
     raise UserError(
@@ -263,6 +282,15 @@ def _measure(data: ml_collections.ConfigDict) -> Dataset:
   if same and data.eval_split == 'train':
     raise UserError("data.eval_split 'train' would be taken for training; name it train[:100%]")
   return Dataset(info.name, info.class_names, last - first, stop - start)
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+  """Puts the key before what is said of its value."""
+  try:
+    yield
+  except UserError as error:
+    raise type(error)(f'{key}: {error}') from error
 
 
 def _eval_dataset(data: ml_collections.ConfigDict) -> str:
@@ -295,7 +323,7 @@ def _micro_batches(micro_batches: int, batch: int, device_count: int) -> int:
 def _batch_norm_parts(scope: str, device_count: int) -> int:
   if scope == 'global':
     return 1
-  group = 1 if scope == 'device' else int(scope) if scope.isdecimal() else 0
+  group = 1 if scope == 'device' else int(scope[:9]) if scope.isdecimal() else 0
   group = min(group, device_count)
   if not group or device_count % group:
     raise UserError(
@@ -400,9 +428,17 @@ def _optim(
     )
   _one_of('schedule.name', schedule.name, ('step', 'cosine'))
   _at_least('schedule.base_batch_size', schedule.base_batch_size, 1)
-  for key, value in (('schedule.base_lr', schedule.base_lr), ('schedule.factor', schedule.factor)):
-    if not 0 < value < math.inf:
-      raise UserError(f'{key} {value} must be more than 0')
+  if not 0 < schedule.factor <= 1:
+    raise UserError(f'schedule.factor {schedule.factor} must be more than 0 and at most 1')
+  if not 0 < schedule.base_lr < math.inf:
+    raise UserError(f'schedule.base_lr {schedule.base_lr} must be more than 0')
+  peak_lr = schedule.base_lr * batch / schedule.base_batch_size
+  if not _SMALLEST < peak_lr < _LARGEST:
+    raise UserError(
+      f'schedule.base_lr {schedule.base_lr} makes a peak learning rate of {peak_lr:g} for '
+      f'batch_size {batch} and base_batch_size {schedule.base_batch_size}; it must be in '
+      f'{_SMALLEST:g}..{_LARGEST:g}'
+    )
   _at_least('optimizer.momentum', optimizer.momentum, 0, below=1)
   for key in ('weight_decay', 'clip_norm'):
     _at_least(f'optimizer.{key}', optimizer[key], 0)
@@ -417,7 +453,7 @@ def _optim(
       f'of the {total_steps} steps; use less'
     )
   return Optim(
-    peak_lr=schedule.base_lr * batch / schedule.base_batch_size,
+    peak_lr=peak_lr,
     schedule=schedule.name,
     total_steps=total_steps,
     warmup_steps=warmup_steps,

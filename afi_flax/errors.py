@@ -35,9 +35,9 @@ def unknown(kind: str, name: str, options: Iterable[str], cure: str = '') -> Use
   """The error for a name that is not in a table: the nearest ones, or all where there are few."""
   options = sorted(options)
   nearest = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
-  shown = options if len(options) <= 12 else nearest or options[:12]
+  listed = options if len(options) <= 12 else nearest or options[:12]
   guess = f'; did you mean {nearest[0]!r}?' if nearest else '.'
-  known = f'{"Some are" if len(shown) < len(options) else "Known"}: {", ".join(shown)}.'
+  known = f'{"Some are" if len(listed) < len(options) else "Known"}: {", ".join(listed)}.'
   return UserError(' '.join(filter(None, (f'unknown {kind} {name!r}{guess}', known, cure))))
 
 

@@ -23,7 +23,9 @@ def schedule(optim: config.Optim) -> optax.Schedule:
   if optim.schedule == 'cosine':
     rest = optax.cosine_decay_schedule(optim.peak_lr, optim.total_steps - optim.warmup_steps)
   else:
-    drops = {b - optim.warmup_steps: optim.factor for b in optim.boundaries}
+    # In a short run several boundaries can be one step.
+    at = optim.boundaries
+    drops = {b - optim.warmup_steps: optim.factor ** at.count(b) for b in at}
     rest = optax.piecewise_constant_schedule(optim.peak_lr, drops)
   if not optim.warmup_steps:
     return rest

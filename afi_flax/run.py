@@ -86,10 +86,7 @@ def load_run(
       (*config_lib.MAY_DIFFER, 'data.eval_dataset', 'data.eval_split', 'eval_batch_size'),
     )
   config = config or ml_collections.ConfigDict(stored)
-  dataset = folder.read_dataset()
-  plan = config_lib.resolve(
-    config, dataset=config_lib.Dataset(**dataset | {'class_names': tuple(dataset['class_names'])})
-  )
+  plan = config_lib.resolve(config, dataset=_read_dataset(folder))
   model = models.create_model(**dataclasses.asdict(plan.model))
   abstract = state_lib.abstract(
     model,
@@ -108,6 +105,24 @@ def load_run(
     step=step,
     plan=plan,
   )
+
+
+def _read_dataset(folder: Workdir) -> config_lib.Dataset:
+  """UserError where dataset.json is not what a run writes."""
+  stored = folder.read_dataset()
+  names = stored.get('class_names')
+  sizes = [stored.get(key) for key in ('num_train', 'num_eval')]
+  if (
+    set(stored) != {field.name for field in dataclasses.fields(config_lib.Dataset)}
+    or not isinstance(stored['name'], str)
+    or not (isinstance(names, list) and names and all(isinstance(name, str) for name in names))
+    or not all(type(size) is int and size > 0 for size in sizes)
+  ):
+    raise UserError(
+      f'{folder.dataset_path} is not as the run wrote it: it must hold name, class_names, '
+      'num_train and num_eval; put back a copy of it'
+    )
+  return config_lib.Dataset(**stored | {'class_names': tuple(names)})
 
 
 def check_same_data(dataset: config_lib.Dataset, num_eval: int) -> None:

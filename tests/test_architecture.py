@@ -20,7 +20,8 @@ ALLOWED = {
   'random_draws': set(),
   'models': {'errors', 'models'},
   'data': {'errors', 'random_draws', 'data'},
-  'config': {'errors', 'data', 'models'},
+  'config_keys': {'errors'},
+  'config': {'errors', 'config_keys', 'data', 'models'},
   'preprocess': LOW,
   'losses': LOW,
   'metrics': LOW,
@@ -115,3 +116,53 @@ def test_data_starts_without_jax():
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.split() == ['False', 'False']
+
+
+# What runs code that it is given, or may: of the standard library and of what the package imports.
+RUNS_CODE = {
+  'eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'runpy.run_path',
+  'pickle.load', 'pickle.loads', 'pickle.Unpickler', 'cloudpickle.load', 'cloudpickle.loads',
+  'marshal.load', 'marshal.loads', 'shelve.open', 'joblib.load', 'torch.load', 'yaml.load',
+  'pandas.read_pickle', 'importlib.import_module',
+}  # fmt: skip
+# A socket between a process and the worker that it has started.
+PERMITTED = {('data/workers.py', 'pickle.loads')}
+
+
+def runs_code(tree):
+  """Calls of a module that may run what they are given."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom):  # or a bare name would hide what it is
+      yield from (name for a in node.names if (name := f'{node.module}.{a.name}') in RUNS_CODE)
+    if not isinstance(node, ast.Call):
+      continue
+    name = ast.unparse(node.func)
+    if name in RUNS_CODE:
+      yield name
+    for word in node.keywords:
+      if word.arg in ('allow_pickle', 'shell') and ast.unparse(word.value) != 'False':
+        yield f'{name}({word.arg}=)'
+
+
+def test_nothing_that_is_read_is_run():
+  """Configs are Python and run, by ml_collections; data, runs and weights must not be."""
+  found = {
+    (str(path.relative_to(PACKAGE)), call)
+    for path in PACKAGE.rglob('*.py')
+    for call in runs_code(ast.parse(path.read_text()))
+  }
+  assert found == PERMITTED
+
+
+@pytest.mark.parametrize(
+  'code',
+  [
+    'eval(text)',
+    'import pickle\npickle.loads(data)',
+    'from pickle import loads',
+    'np.load(file, allow_pickle=True)',
+    'subprocess.run(text, shell=True)',
+  ],
+)
+def test_what_runs_code_is_found(code):
+  assert list(runs_code(ast.parse(code)))

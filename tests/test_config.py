@@ -236,6 +236,7 @@ def test_every_smoke_variant_has_batches(name):
   assert sum(batch['mask'].sum() for batch in held_out) == 32
 
 
+@pytest.mark.fault('config', 'a key is missing', 'one line with the key')
 def test_a_config_that_lacks_a_key():
   config = load('cifar100_resnet32')
   with config.unlocked():
@@ -262,6 +263,7 @@ def test_keys_that_a_config_sets_are_those_of_base():
     assert keys(load(name).to_dict()) == keys(common.base().to_dict()), name
 
 
+@pytest.mark.fault('config', 'a value that has no meaning', 'one line with the key and the cure')
 @pytest.mark.parametrize(
   ('key', 'value', 'says'),
   [

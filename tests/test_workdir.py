@@ -186,6 +186,7 @@ def test_reading_where_no_run_is(tmp_path, workdir):
       Workdir(folder).read_dataset()
 
 
+@pytest.mark.fault('config', 'config.json is damaged', 'one line with the cure')
 @pytest.mark.parametrize('content', ['', '{"seed": ', '[]', '\x00\x00'])
 def test_a_damaged_config(workdir, content):
   start(workdir)

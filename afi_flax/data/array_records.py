@@ -28,7 +28,13 @@ def local(data_dir: str) -> pathlib.Path:
       f'data_dir {data_dir!r} is not on a file system; mount the bucket, as gcsfuse or --bucket of '
       'the launchers does, or copy what is there, and give the folder'
     )
-  return pathlib.Path(data_dir).expanduser()
+  try:
+    path = pathlib.Path(data_dir).expanduser()
+    path.exists()  # raises where it cannot even be looked for
+  except (OSError, RuntimeError) as error:
+    why = getattr(error, 'strerror', None) or 'there is no such user'
+    raise UserError(f'data_dir {data_dir!r} cannot be read: {why}; give another folder') from error
+  return path
 
 
 def find_prepared(dataset: str, data_dir: str) -> pathlib.Path | None:

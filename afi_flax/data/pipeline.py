@@ -3,7 +3,8 @@
 Example n of the training stream is position n mod N of epoch n div N, in that epoch's permutation
 of the split's N examples. Global batch k is examples k*B to (k+1)*B; process p of P gets rows
 [p*b, (p+1)*b) of it, b = B/P. So a run resumes at any batch at once, and neither processes nor
-workers change what it sees. Small sets are batched in memory; encoded pictures go through grain.
+workers change what it sees. Small sets are batched in memory; encoded pictures are decoded in
+grain's threads or in worker processes.
 
 grain imports jax where it is installed (it starts no backend); nothing else here does.
 """
@@ -14,7 +15,6 @@ import functools
 import itertools
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,15 +25,15 @@ from absl import flags, logging
 from afi_flax import random_draws
 from afi_flax.data import augment as augment_lib
 from afi_flax.data import decode, distort, imagenet, sources
+from afi_flax.data import workers as worker_processes
 from afi_flax.errors import UserError, shown
 
 Batch = dict[str, np.ndarray]
 
 _TRIES = 16  # pictures tried in a row for one place in a training batch
 _BAD = np.dtype([('example', np.int32), ('reason', 'S100')])  # one that cannot be read; or -1
-_SHARED_MEMORY = '/dev/shm'  # where Linux has it
-_HELD = 5  # batches that a worker keeps there, measured at 4.3 to 5.1
-_STREAM_END = 1 << 60  # positions; grain wants a length
+_STREAM_END = 1 << 60  # positions
+_ENDING = 5.0  # seconds for a thread to end
 
 
 def train_batches(
@@ -74,9 +74,8 @@ def train_batches(
     closing it ends the workers.
 
   Raises:
-    UserError: at once for arguments that do not fit, and where the shared memory that is free has
-      no room for these workers (for them alone: other streams are not counted before they run);
-      while iterating, past max_unreadable.
+    UserError: at once for arguments that do not fit; while iterating, past max_unreadable.
+    FailedError: while iterating: a worker hangs, or too many have died.
   """
   share = _share(batch_size, process_count)
   if isinstance(source, imagenet.RealLabels):
@@ -96,8 +95,8 @@ def train_batches(
     rows = np.arange(share)
     return (_train_batch(source, start + rows, seed, augment, distortion) for start in starts)
   element = _TrainElement(source, seed, augment, image_size, distortion, antialias)
-  first = data_step * process_count + process_index
-  batches = _grain_batches(element, _STREAM_END, share, first, process_count, workers)
+  mine = slice(data_step * process_count + process_index, None, process_count)
+  batches = _encoded_batches(element, _STREAM_END, share, mine, workers)
   return _drop_bad(batches, source, max_unreadable, 'replaced by the next')
 
 
@@ -132,7 +131,7 @@ def eval_batches(
     imagenet2012_real, 'label' is i32 [b,L], padded with -1, and mask 0 for pictures without one.
 
   Raises:
-    UserError: as `train_batches`.
+    UserError, FailedError: as `train_batches`.
   """
   share = _share(batch_size, process_count)
   resize = image_size if resize is None else resize
@@ -151,7 +150,8 @@ def eval_batches(
     return (_eval_batch(source, start + np.arange(share)) for start in starts)
   element = _EvalElement(source, resize, image_size)
   positions = num_batches * batch_size
-  batches = _grain_batches(element, positions, share, process_index, process_count, workers)
+  mine = slice(process_index, None, process_count)
+  batches = _encoded_batches(element, positions, share, mine, workers)
   return _drop_bad(batches, source, max_unreadable, 'left out of the evaluation')
 
 
@@ -202,7 +202,7 @@ def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) 
       yield batch
   finally:
     stop.set()
-    thread.join()
+    thread.join(_ENDING)  # one that waits for data that do not come ends with the process
 
 
 def _in_memory(source) -> bool:
@@ -278,7 +278,7 @@ def _eval_batch(source: sources.Arrays, position: np.ndarray) -> Batch:
   }
 
 
-# ---- encoded, through grain
+# ---- encoded, in threads or workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,58 +357,47 @@ def _element(image: np.ndarray, label: int | np.ndarray, example: int, bad: np.n
   return {'image': image, 'label': np.int32(label), 'example': np.int32(example), 'bad': bad}
 
 
-def _grain_batches(
-  element: Callable[[int], Batch],
-  positions: int,
-  share: int,
-  first: int,
-  step: int,
-  workers: int,
+@dataclasses.dataclass(frozen=True)
+class _EncodedBatch:
+  """Number of a batch -> the batch: elements number * share to (number + 1) * share."""
+
+  element: _TrainElement | _EvalElement
+  share: int
+
+  def __call__(self, number: int) -> Batch:
+    positions = range(int(number) * self.share, (int(number) + 1) * self.share)
+    rows = [self.element(position) for position in positions]
+    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return batch | {'bad': batch['bad'][batch['bad']['example'] >= 0]}
+
+
+def _encoded_batches(
+  element: _TrainElement | _EvalElement, positions: int, share: int, mine: slice, workers: int
 ) -> Iterator[Batch]:
-  """Batches of `share` elements: number `first` and every `step`-th from there.
+  """Those batches of `share` elements whose numbers `mine` picks.
 
   Batched before it is sliced by process, and sliced before the workers: so neither changes which
-  examples a batch has. A thread holds a batch, a worker _HELD of them. Whether these workers fit
-  into the shared memory that is free now is checked here; they start with the first batch.
+  examples a batch has.
   """
+  make, numbers = _EncodedBatch(element, share), range(positions // share)[mine]
   if workers:
-    _check_shared_memory(workers, share * element.image_size**2 * 3)
-  return _read_batches(element, positions, share, slice(first, None, step), workers)
+    return worker_processes.batches(make, numbers, workers)
+  return _in_threads(make, numbers)
 
 
-def _read_batches(
-  element: Callable[[int], Batch], positions: int, share: int, mine: slice, workers: int
-) -> Iterator[Batch]:
-  """Those batches of `share` elements whose numbers `mine` picks."""
+def _in_threads(make: _EncodedBatch, numbers: range) -> Iterator[Batch]:
   import grain  # slow to import, and only large sets need it
 
-  if not flags.FLAGS.is_parsed():  # grain passes its flags on to its workers
+  if not flags.FLAGS.is_parsed():  # grain looks at its own
     flags.FLAGS.mark_as_parsed()
-  dataset = grain.MapDataset.range(positions).map(element).batch(share, drop_remainder=True)
-  threads = 1 if workers else max(2, min(16, os.cpu_count() or 2))
+  threads = max(2, min(16, os.cpu_count() or 2))  # each holds a batch
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  read_ahead = dataset[mine].to_iter_dataset(options)
-  iterator = iter(read_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+  dataset = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(make)
+  iterator = iter(dataset.to_iter_dataset(options))
   try:
-    for batch in iterator:
-      # A worker's batch is shared memory: copied here, it is given back at once.
-      yield {key: np.array(value) for key, value in batch.items()} if workers else batch
+    yield from iterator
   finally:
     iterator.close()
-
-
-def _check_shared_memory(workers: int, batch_bytes: int) -> None:
-  """Workers hand batches over in it; a container often has 64 MiB and kills who needs more."""
-  if not os.path.isdir(_SHARED_MEMORY):
-    return
-  free = shutil.disk_usage(_SHARED_MEMORY).free
-  need = workers * _HELD * batch_bytes
-  if need > free:
-    fit = free // (_HELD * batch_bytes)
-    raise UserError(
-      f'run.workers {workers} need {need >> 20} MiB in {_SHARED_MEMORY}, which has {free >> 20} '
-      f'free; use run.workers={fit}, or give a container more (--shm-size)'
-    )
 
 
 def _drop_bad(
@@ -418,8 +407,8 @@ def _drop_bad(
   seen = set()
   with contextlib.closing(batches):
     for batch in batches:
-      for example, reason in batch.pop('bad').ravel().tolist():
-        if example < 0 or example in seen:
+      for example, reason in batch.pop('bad').tolist():
+        if example in seen:
           continue
         seen.add(example)
         name, why = source.name(example), reason.decode(errors='replace')
