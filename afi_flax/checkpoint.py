@@ -18,6 +18,8 @@ import hashlib
 import json
 import os
 import re
+import sys
+from asyncio.log import logger as asyncio_logger
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -110,7 +112,7 @@ class Checkpoints:
       self._set_aside([step])
     try:
       if not self._in_bucket:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # not its parent: a run's folder that is gone stays gone
       # `force`, because Orbax otherwise skips in silence what it thinks needs no saving.
       arrays = jax.tree.map(_as_array, _set_fields(state))
       self._manager.save(step, args=_composite(ocp.args.StandardSave(arrays)), force=True)
@@ -373,7 +375,9 @@ class _Preserved:
 def quiet_orbax() -> None:
   """Takes Orbax's progress lines, dozens a save, and its stack traces out of the log.
 
-  Its warnings and errors stay, each as one line; what failed is raised here as well.
+  Its warnings and errors stay, each as one line; what failed is raised here as well. Of a save that
+  fails, only the first error is: of each other array asyncio and TensorStore would print a stack
+  trace, hundreds in all, after which nobody finds the reason.
   """
 
   def keep(record):
@@ -383,6 +387,14 @@ def quiet_orbax() -> None:
     return record.levelno >= logging.converter.STANDARD_WARNING
 
   logging.get_absl_logger().addFilter(keep)
+  asyncio_logger.addFilter(lambda record: 'never retrieved' not in record.getMessage())
+  show = sys.unraisablehook
+
+  def show_others(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      show(unraisable)
+
+  sys.unraisablehook = show_others
 
 
 def _composite(args: ocp.args.CheckpointArgs) -> ocp.args.Composite:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -21,13 +22,25 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(main, flags_parser=_parse)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(error.status)
+    _end(error.status)
   except KeyboardInterrupt:
     print('interrupted: what was not saved is lost', file=sys.stderr)
     sys.exit(INTERRUPTED)
   except StoppedError as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.status)
+
+
+def _end(status: int) -> None:
+  """Ends the process, also where threads are left, for which Python would wait.
+
+  Those of a save that failed to begin, Orbax lets wait for ten minutes.
+  """
+  if all(t.daemon or t is threading.main_thread() for t in threading.enumerate()):
+    sys.exit(status)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

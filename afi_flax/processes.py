@@ -3,13 +3,13 @@
 Before JAX starts, all of them answer a roll call at the first one's HOST:PORT; a process
 that does not come up, or that was given another command, ends the others in one line. The
 connections then stay open, beside JAX's own: a process that fails says why, and all end at once,
-where a collective operation would wait for it.
+where a collective operation would wait for it. One that hangs, or whose host has vanished, is found
+by its silence: each says every few seconds that it is alive.
 """
 
 import atexit
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -26,6 +26,8 @@ _FAILURE = 1  # exit status of what nobody has foreseen
 _PARTING = 5.0  # seconds that a process which ends gives the others to hear why
 _OPENING = 30.0  # seconds that process 0 may take from the roll call until JAX listens there
 _GRACE = 2.0  # seconds in which the reason for another process's end comes in
+_BEAT = 10.0  # seconds between two signs of life; compiling and waiting for a device let them out
+_SILENCE = 50.0  # seconds without one after which a process counts as lost
 
 
 @contextlib.contextmanager
@@ -96,12 +98,8 @@ class _Peer:
   def __init__(self, connection: socket.socket, name: str):
     self.name = name
     self.done = False  # it has nothing more to do, and may go
+    self.silent = False  # it was not heard in time
     self.thread: threading.Thread | None = None
-    # A host that vanishes says nothing; what it leaves is found out in a minute and a half.
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (('TCP_KEEPIDLE', 30), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 6)):
-      if hasattr(socket, option):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     self._socket = connection
     self._lines = connection.makefile('rb')
 
@@ -116,6 +114,9 @@ class _Peer:
       self._socket.settimeout(timeout)
       message = json.loads(self._lines.readline(1_000_000))
       return message if isinstance(message, dict) else {}
+    except TimeoutError:
+      self.silent = True
+      return {}
     except (OSError, ValueError):
       return {}
 
@@ -159,6 +160,7 @@ class _Group:
     for peer in self._peers:
       peer.send(rows=ordered)
       self._watch(peer)
+    self._start_beating()
     return ordered
 
   def _listen(self) -> socket.socket:
@@ -225,6 +227,7 @@ class _Group:
       peer.close()
       raise UserError(answer.get('failed', f'{peer.name} ended while the processes were starting'))
     self._watch(peer)
+    self._start_beating()
     return answer['rows']
 
   def await_jax(self, timeout: float) -> None:
@@ -259,15 +262,26 @@ class _Group:
     peer.thread = threading.Thread(target=self._hear_out, args=(peer,), daemon=True)
     peer.thread.start()
 
+  def _start_beating(self) -> None:
+    def beat() -> None:
+      while True:
+        time.sleep(_BEAT)
+        for peer in self._peers:
+          peer.send(alive=True)
+
+    threading.Thread(target=beat, daemon=True).start()
+
   def _hear_out(self, peer: _Peer) -> None:
-    """Listens until the other process is done, gone or has failed."""
-    while message := peer.hear(None):
+    """Listens until the other process is done, gone, silent or has failed."""
+    while message := peer.hear(_SILENCE):
       if 'done' in message:
         peer.done = True
       elif 'failed' in message:
         self._end_for(message['failed'], message['status'], source=peer)
     if not peer.done:
-      why = f'{peer.name} ended without saying why; see its output'
+      gone = 'ended without saying why'
+      silent = f'has not been heard for {_SILENCE:g} s, so it hangs or its host is gone'
+      why = f'{peer.name} {silent if peer.silent else gone}; see its output'
       self._end_for(why, _FAILURE, source=peer)
 
   def _end_for(self, why: str, status: int, source: _Peer) -> None:
@@ -340,8 +354,6 @@ class _Group:
 
 def _leave(status: int) -> None:
   """Ends the process without the hooks that wait for the others."""
-  for child in multiprocessing.active_children():
-    child.terminate()
   with contextlib.suppress(OSError, ValueError):
     sys.stdout.flush()
     sys.stderr.flush()

@@ -56,6 +56,7 @@ class Workdir:
     self._writer = True
     self._running = False  # it could be written when the run began
     self._lock: bucket.Lock | None = None
+    self._lock_file: int | None = None  # its descriptor, on a disk
     self._mirror: bucket.Mirror | None = None
 
   @property
@@ -147,6 +148,7 @@ class Workdir:
 
     Raises:
       UserError: another run has taken the lock away.
+      FailedError: the folder, on a disk, is not there any more.
       RuntimeError: another one may have, as the bucket could not be written for too long.
     """
     if self._lock is not None and (lost := self._lock.poll()) is not None:
@@ -154,6 +156,20 @@ class Workdir:
         f'workdir {self.folder} was taken over by {_holder(lost)}, as nothing was heard '
         'from this one for a while; leave it to that one, or take another --workdir'
       )
+    # Else the next checkpoint would begin another folder of that name, without what was there.
+    if self._lock_file is not None and not self._holds(self._lock_file):
+      raise FailedError(
+        f'workdir {self.folder} was moved, deleted or replaced while the run went on; put it back '
+        'and start the same command again, or take another --workdir'
+      )
+
+  def _holds(self, file: int) -> bool:
+    """Whether what is locked is the file that is there."""
+    with self.writing():
+      try:
+        return os.path.samestat(os.fstat(file), os.stat(self.lock_path))
+      except (FileNotFoundError, NotADirectoryError):
+        return False
 
   def sync(self) -> None:
     """Polls, and brings the metrics to a bucket: no checkpoint should get there before them."""
@@ -244,7 +260,12 @@ class Workdir:
     except OSError:
       os.close(lock)
       raise
-    return lambda: os.close(lock)
+    self._lock_file = lock
+    return self._close_lock
+
+  def _close_lock(self) -> None:
+    lock, self._lock_file = self._lock_file, None
+    os.close(lock)
 
   def _in_use(self, holder: bytes) -> UserError:
     return UserError(

@@ -43,6 +43,11 @@ def until_logged(process, workdir, count):
     time.sleep(0.05)
 
 
+@pytest.mark.fault(
+  'kill',
+  'SIGTERM twice, then on another machine',
+  'status 75; lines and weights equal, bit for bit',
+)
 def test_stopped_and_resumed_on_another_machine(on_disk, object_store, workdir, tmp_path):
   """Nothing is left on the machine; SIGTERM twice, and the lines and weights are as on a disk."""
   flags = digits(workdir, *SMALL, '--config.epochs=2', '--config.run.save_every_steps=10')
@@ -72,6 +77,11 @@ def test_stopped_and_resumed_on_another_machine(on_disk, object_store, workdir, 
   assert not [name for name in names if name.startswith('unreadable/')]
 
 
+@pytest.mark.fault(
+  'kill',
+  'SIGKILL of a run in a bucket',
+  'its lock is void after 15 s; lines equal',
+)
 def test_killed_and_resumed(on_disk, object_store, workdir):
   """SIGKILL leaves the lock, and metrics that stop before or behind the last checkpoint."""
   flags = digits(workdir, *SMALL, '--config.epochs=2', '--config.run.save_every_steps=10')
@@ -90,6 +100,11 @@ def test_killed_and_resumed(on_disk, object_store, workdir):
   assert lines(workdir) == lines(on_disk)
 
 
+@pytest.mark.fault(
+  'workdir',
+  'a second command on a run in a bucket',
+  'refused, naming the first, which goes on',
+)
 def test_a_second_run_is_refused_while_the_first_one_trains(object_store, workdir):
   flags = digits(workdir, *SMALL, '--config.run.max_steps=400')
   first = start(*flags)
@@ -106,6 +121,11 @@ def test_a_second_run_is_refused_while_the_first_one_trains(object_store, workdi
   assert first.returncode == 75, err[-3000:]
 
 
+@pytest.mark.fault(
+  'workdir',
+  'another run takes the lock in the bucket',
+  'the first ends, naming it, and writes nothing more',
+)
 def test_a_run_that_loses_its_lock_ends(object_store, workdir):
   first = start(*digits(workdir, *SMALL, '--config.epochs=100'))
   until_logged(first, workdir, 1)

@@ -75,6 +75,7 @@ def assert_equal(a, b):
 
 @pytest.fixture
 def folder(tmp_path):
+  (tmp_path / 'run').mkdir()
   return tmp_path / 'run' / 'checkpoints'
 
 
@@ -268,6 +269,11 @@ def test_falls_back_to_the_next_older_good_one(folder, opened, caplog, damage):
 
 
 @pytest.mark.parametrize('damage', [flip_byte, scramble_metadata_and_sums, half_copy])
+@pytest.mark.fault(
+  'checkpoint',
+  'one that cannot be read, then many more saves',
+  'moved to unreadable/ whole, never deleted',
+)
 def test_never_deletes_what_it_could_not_read(folder, opened, damage):
   fill(opened(), 1, 2, 3)
   damage(folder / '3')
@@ -305,6 +311,11 @@ def test_set_aside_with_nothing_to_do(folder, opened):
   assert fill(checkpoints, 1).restore(ABSTRACT)[1] == 1
 
 
+@pytest.mark.fault(
+  'checkpoint',
+  'killed before its sums were written',
+  'an older good one first; else it, with a warning',
+)
 def test_an_unsealed_step_only_where_no_good_one_is(folder, opened, caplog):
   fill(opened(), 1, 2)
   unseal(folder / '2')
@@ -338,6 +349,11 @@ def test_a_step_with_the_sums_of_one_of_two_processes_is_unsealed(folder, opened
 
 
 @pytest.mark.parametrize('content', ['', '{"process": 0', '[]', '{"sha256": 3}'])
+@pytest.mark.fault(
+  'checkpoint',
+  'its file of sums is damaged',
+  'an older good one is taken',
+)
 def test_a_step_whose_sums_cannot_be_read_is_unsealed(folder, opened, content):
   fill(opened(), 1, 2)
   (folder / '2' / 'sums.0-of-1.json').write_text(content)
@@ -367,6 +383,11 @@ def test_none_is_none_and_leaves_no_folder(folder, opened):
 
 
 @pytest.mark.parametrize('damage', [flip_byte, scramble_metadata_and_sums, half_copy])
+@pytest.mark.fault(
+  'checkpoint',
+  'all of them damaged',
+  'an error that names them; never from scratch in silence',
+)
 def test_all_damaged_is_an_error(folder, opened, damage):
   fill(opened(), 1, 2)
   damage(folder / '1')
@@ -464,6 +485,11 @@ def poll_for_long(checkpoints):
   ],
   ids=['poll', 'close', 'restore', 'save', 'set_aside'],
 )
+@pytest.mark.fault(
+  'disk',
+  'a file cannot grow (RLIMIT_FSIZE) in a save',
+  'said at the next call, once; the older one stays good',
+)
 def test_a_failed_save_is_told_and_the_older_one_stays(folder, opened, small_disk, notice):
   checkpoints = fill(opened(keep=1), 1)
   checkpoints.save(2, {'x': np.random.default_rng(0).normal(size=2**16)})
@@ -503,6 +529,11 @@ def run_python(code, *args):
   return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=environment)
 
 
+@pytest.mark.fault(
+  'kill',
+  'SIGKILL in the middle of a save',
+  'the older checkpoint is good; that step is saved again',
+)
 def test_kill_in_the_middle_of_a_save(folder, opened):
   assert run_python(KILLED, folder).wait(timeout=300) == -signal.SIGKILL
   assert [p.name for p in folder.glob('2*')] == ['2.orbax-checkpoint-tmp']
@@ -589,6 +620,11 @@ print('all good', process)
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+  'checkpoint',
+  'damage that one of two processes finds',
+  'both take the older one',
+)
 def test_two_processes_decide_alike(tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

@@ -304,6 +304,11 @@ def test_utilisation_of_devices_whose_peak_is_known(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+  'kill',
+  'SIGTERM between two log lines, several times',
+  'status 75; lines and weights equal, bit for bit',
+)
 def test_stopped_by_sigterm_and_resumed(tmp_path):
   """SIGTERM in the middle of an epoch and of a log line: as if it had never come."""
   flags = ('--config.epochs=2', '--config.run.log_every_steps=7')
@@ -357,6 +362,11 @@ def test_two_processes_are_one_run(four_steps, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+  'kill',
+  'SIGTERM to one of two processes',
+  'both stop at the same step, saved, with status 75',
+)
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
   workdir = tmp_path / 'run'
   flags = digits(workdir, '--config.epochs=2', '--config.run.log_every_steps=7')

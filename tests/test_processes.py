@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -119,6 +118,28 @@ def test_a_firewall_lets_only_the_roll_call_through():
     processes._Group(Place(1, 2, '127.0.0.1', port)).await_jax(0.0)
 
 
+def test_one_that_is_silent_is_told_from_one_that_is_gone(monkeypatch):
+  """It stands for a process that hangs, or whose host has lost its network."""
+  monkeypatch.setattr(processes, '_SILENCE', 0.2)
+  ended = []
+  monkeypatch.setattr(processes, '_leave', ended.append)
+  said = []
+  monkeypatch.setattr(processes.os, 'write', lambda _, text: said.append(text.decode()))
+  for alive in (True, False):
+    here, there = socket.socketpair()
+    group = processes._Group(Place(0, 2, 'h', 1))
+    peer = processes._Peer(here, 'process 1 (b)')
+    there.sendall(b'{"alive": true}\n')
+    if not alive:
+      there.close()
+    group._hear_out(peer)
+    there.close()
+    peer.close()
+  assert ended == [1, 1]
+  assert said[0].startswith('error: process 1 (b) has not been heard for 0.2 s, so it hangs or')
+  assert said[1].startswith('error: process 1 (b) ended without saying why')
+
+
 def test_strangers_are_turned_away():
   """Something that scans ports does not count as a process."""
   port = free_port()
@@ -203,6 +224,11 @@ def test_a_taken_port_of_jax_ends_all():
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+  'host',
+  'an exception in one of two processes',
+  'the other ends with status 1, saying which and why',
+)
 def test_a_failure_of_one_process_ends_all():
   running = start_failing('error', 2)
   errs = [process.communicate(timeout=60)[1] for process in running]
@@ -214,6 +240,11 @@ def test_a_failure_of_one_process_ends_all():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.fault(
+  'host',
+  'SIGKILL of one of three processes',
+  'the others end with status 1, naming it',
+)
 def test_a_process_that_is_killed_ends_all(victim):
   running = start_failing('killed', 3)
   assert running[1].stdout.readline() == 'up\n'
@@ -368,22 +399,13 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.fault(
+  'determinism',
+  '1, 2 and 4 processes',
+  'the same examples; losses equal to 1e-3',
+)
 def test_several_processes_are_one_run(alone, tmp_path, count):
   ids, losses = train(tmp_path / 'ids', tmp_path / 'run', 6, count=count, slurm=count == 2)
   assert ids[:6] == alone[0][:6]
   assert list(losses) == list(alone[1]) == [1, 2, 3, 4, 5, 6]
   np.testing.assert_allclose(list(losses.values()), list(alone[1].values()), rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_resumes_on_other_processes_and_devices(alone, tmp_path):
-  """Three steps on 4 x 2, then three on 1 x 1 and on 2 x 4, as six on 1 x 1."""
-  ids, _ = train(tmp_path / 'ids', tmp_path / 'run', 3, count=4, devices=2)
-  assert ids[:3] == alone[0][:3]
-  for count, devices in ((1, 1), (2, 4)):
-    name = f'{count}x{devices}'
-    shutil.copytree(tmp_path / 'run', tmp_path / name)
-    ids, losses = train(tmp_path / f'ids{name}', tmp_path / name, 6, count=count, devices=devices)
-    assert ids[:3] == alone[0][3:6]
-    assert list(losses) == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose(list(losses.values()), list(alone[1].values()), rtol=1e-3)

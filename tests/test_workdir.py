@@ -197,6 +197,11 @@ def test_a_damaged_config(workdir, content):
     assert_one_line(error)
 
 
+@pytest.mark.fault(
+  'kill',
+  'in the middle of writing config.json',
+  'the old file stays whole',
+)
 def test_a_write_that_is_broken_off_leaves_the_old_file(workdir, monkeypatch):
   start(workdir)
 
@@ -218,6 +223,11 @@ with Workdir(sys.argv[1]).open_for_training({}, {}):
 """
 
 
+@pytest.mark.fault(
+  'workdir',
+  'SIGKILL of the one that holds the lock',
+  'refused while it lives, naming it; free once it is dead',
+)
 def test_lock(workdir):
   root = pathlib.Path(workdir_lib.__file__).parents[1]
   holder = subprocess.Popen(
@@ -251,6 +261,25 @@ def test_a_folder_that_the_processes_do_not_share(tmp_path, monkeypatch):
       with pytest.raises(UserError, match=f'workdir {tmp_path}/{name} on .* is not the') as error:
         start(Workdir(tmp_path / name), writer=False, token=token)
       assert_one_line(error)
+
+
+@pytest.mark.fault(
+  'disk', "the run's folder moved, deleted or replaced", 'said at the next step; nothing new there'
+)
+@pytest.mark.parametrize('replaced', [False, True])
+def test_a_folder_that_is_gone(workdir, replaced):
+  def harm():
+    with workdir.open_for_training(CONFIG, DATASET):
+      workdir.poll()
+      workdir.folder.rename(workdir.folder.with_name('elsewhere'))
+      if replaced:
+        start(Workdir(workdir.folder))  # by another run, whose lock is another file
+      workdir.poll()
+
+  with pytest.raises(UserError, match='was moved, deleted or replaced while the run') as error:
+    harm()
+  assert_one_line(error)
+  workdir.poll()  # holds nothing any more
 
 
 def fill(workdir):
@@ -288,6 +317,11 @@ def test_cut_back_without_metrics(workdir):
   assert workdir.read_metrics() == []
 
 
+@pytest.mark.fault(
+  'kill',
+  'in the middle of a line of metrics',
+  'the torn line is ignored and written anew',
+)
 def test_a_torn_last_line_is_ignored_and_cut(workdir):
   fill(workdir)
   whole = workdir.metrics_path.read_bytes()
