@@ -18,6 +18,7 @@ from afi_flax.models import create_model
 from configs import common as recipes
 
 JSON = flags.DEFINE_string('json', '', 'Where to write the figures.')
+STEPS = flags.DEFINE_integer('steps', 20, 'Of those that train: how long.', lower_bound=2)
 
 
 def imagenet_plan(

@@ -1,7 +1,7 @@
 """Whether two runs of one command end in the same bits, and what `run.deterministic` costs.
 
-  python -m benchmarks.determinism --json results/determinism_cpu.json
-  python -m benchmarks.determinism --config configs/imagenet_afi_resnet50.py:smoke --steps 100
+  python -m benchmarks.determinism --steps 60 --json results/determinism_cpu.json
+  python -m benchmarks.determinism --recipe configs/imagenet_afi_resnet50.py:smoke --steps 100
 
 Every run is a process of its own that compiles for itself: a GPU's compiler chooses between kernels
 by their speed, and may choose otherwise the next time. Runs with and without the switch take turns.
@@ -24,18 +24,17 @@ from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 from benchmarks import common
 
-_CONFIG = flags.DEFINE_string('config', 'configs/digits_afi_resnet20.py', 'What to train.')
-_STEPS = flags.DEFINE_integer('steps', 60, 'How many steps each run takes.', lower_bound=2)
+_RECIPE = flags.DEFINE_string('recipe', 'configs/digits_afi_resnet20.py', 'The config to train.')
 _RUNS = flags.DEFINE_integer('runs', 2, 'How many runs of each kind.', lower_bound=2)
 
 
 def train(folder: pathlib.Path, deterministic: bool) -> tuple[dict, list[float]]:
   """The weights at the end of a run, and its pictures/s at each log line but the first."""
-  every = max(1, _STEPS.value // 6)
+  every = max(1, common.STEPS.value // 6)
   command = [
-    sys.executable, '-m', 'afi_flax.main', '--config', _CONFIG.value, '--workdir', str(folder),
-    f'--config.run.deterministic={deterministic}', f'--config.run.max_steps={_STEPS.value}',
-    f'--config.run.log_every_steps={every}', f'--config.epochs={_STEPS.value}.0',
+    sys.executable, '-m', 'afi_flax.main', '--config', _RECIPE.value, '--workdir', str(folder),
+    f'--config.run.deterministic={deterministic}', f'--config.run.max_steps={common.STEPS.value}',
+    f'--config.run.log_every_steps={every}', f'--config.epochs={common.STEPS.value}.0',
   ]  # fmt: skip
   # Memory is left for this process, which compares.
   env = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **os.environ}
@@ -77,12 +76,11 @@ def main(_) -> None:
     }
     for kind in (False, True)
   ]
-  print(
-    f'{_CONFIG.value}, {_STEPS.value} steps, {_RUNS.value} runs, {jax.devices()[0].device_kind}'
-  )
+  steps, device = common.STEPS.value, jax.devices()[0].device_kind
+  print(f'{_RECIPE.value}, {steps} steps, {_RUNS.value} runs of each kind, {device}')
   print(tables.text(rows))
   if common.JSON.value:
-    common.write_json(common.JSON.value, config=_CONFIG.value, steps=_STEPS.value, rows=rows)
+    common.write_json(common.JSON.value, config=_RECIPE.value, steps=common.STEPS.value, rows=rows)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,6 @@ from benchmarks import common
 
 _CONFIG = 'configs/digits_afi_resnet20.py'
 _COUNTS = flags.DEFINE_list('counts', ['1', '2', '4'], 'Numbers of processes.')
-_STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take.', lower_bound=1)
 
 
 def free_port() -> int:
@@ -44,7 +43,7 @@ def train(folder: pathlib.Path, count: int, devices: int) -> list[float]:
   """Losses of the first steps, on so many processes with so many devices in all."""
   command = [
     sys.executable, '-m', 'afi_flax.main', '--config', _CONFIG, '--workdir', str(folder),
-    f'--config.run.max_steps={_STEPS.value}', '--config.run.log_every_steps=1',
+    f'--config.run.max_steps={common.STEPS.value}', '--config.run.log_every_steps=1',
   ]  # fmt: skip
   if count > 1:
     command += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={count}']
