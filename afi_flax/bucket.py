@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from afi_flax import files
+from afi_flax.errors import FailedError
 
 
 class Lock:
@@ -45,9 +46,9 @@ class Lock:
     return b'' if self._unheard() else self._lost
 
   def poll(self) -> bytes | None:
-    """What `lost` says; RuntimeError where no heartbeat has got through for too long."""
-    if self._unheard():  # not a mistake of the user: the exit status has the run started again
-      raise RuntimeError(
+    """What `lost` says; FailedError where no heartbeat has got through for too long."""
+    if self._unheard():
+      raise FailedError(
         f'{self._path} could not be written for {self._limit:g} s, so that another run may have '
         'taken it; the same command goes on when the bucket can be reached'
       )

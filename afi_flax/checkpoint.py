@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from asyncio.log import logger as asyncio_logger
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,14 +79,16 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """The steps that are committed, good or not, oldest first."""
     found = []
-    if self._in_bucket:
-      try:
+    try:
+      if self._in_bucket:
         parts = [name.split('/') for name in files.names(self._folder)]
-      except OSError as error:
-        raise UserError(f'checkpoints cannot be listed: {_first_line(error)}; mend that') from error
-      found = [int(n) for n, *rest in parts if n.isdecimal() and rest == [_COMMITTED]]
-    elif self._folder.is_dir():
-      found = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal() and p.is_dir()]
+        found = [int(n) for n, *rest in parts if n.isdecimal() and rest == [_COMMITTED]]
+      elif self._folder.is_dir():
+        found = [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal() and p.is_dir()]
+    except OSError as error:
+      raise FailedError(
+        f'checkpoints in {self._folder} cannot be listed: {_first_line(error)}; mend that'
+      ) from error
     return _first_process_says(sorted(found))
 
   def save(self, step: int, state: PyTree, wait: bool = False) -> None:
@@ -100,7 +102,7 @@ class Checkpoints:
       wait: return only when the checkpoint is complete, with its sums.
 
     Raises:
-      UserError: this save, or the one before it, failed.
+      FailedError: this save, or the one before it, failed.
     """
     self._finish()
     steps = self.steps()
@@ -126,7 +128,7 @@ class Checkpoints:
     """Seals a save that has been committed since; cheap, to be called once a step.
 
     Raises:
-      UserError: the save failed.
+      FailedError: the save failed.
     """
     if self._saving is not None and not self._manager.is_saving_in_progress():
       self._finish()
@@ -183,20 +185,30 @@ class Checkpoints:
       )
     return None
 
-  def set_aside(self, newer_than: int) -> None:
+  def set_aside(self, newer_than: int, others: Collection[int] = ()) -> None:
     """Makes room for training on from step `newer_than`; deletes nothing that can be read.
 
-    Newer steps, and those that `restore` found damaged, move to FOLDER/../unreadable/STEP[-n], sums
-    included. Leftovers of a save that was killed are removed. Not for evaluation.
+    Newer steps, those that `restore` found damaged, and others that are not wanted, move to
+    FOLDER/../unreadable/STEP[-n], sums included. Leftovers of a save that was killed are removed.
+    Not for evaluation.
     """
     self._finish()
-    self._set_aside([n for n in self.steps() if n > newer_than or n in self._damaged])
+    unwanted = self._damaged.union(others)
+    self._set_aside([n for n in self.steps() if n > newer_than or n in unwanted])
+
+  def wait(self) -> None:
+    """Waits for the save in progress, if there is one, and seals it.
+
+    Raises:
+      FailedError: it failed.
+    """
+    self._finish()
 
   def close(self) -> None:
     """Waits for the save in progress, seals it and stops Orbax's threads.
 
     Raises:
-      UserError: the save failed.
+      FailedError: the save failed.
     """
     try:
       self._finish()
@@ -344,7 +356,7 @@ class Checkpoints:
         try:
           files.move(source, target, seal=_COMMITTED)
         except OSError as error:
-          raise UserError(
+          raise FailedError(
             f'checkpoint {step} cannot be moved out of the way to {target}: '
             f'{_first_line(error)}; move or delete {source} by hand'
           ) from error

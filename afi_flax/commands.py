@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _end(status: int) -> None:
   """Ends the process, also where threads are left, for which Python would wait.
 
-  Those of a save that failed to begin, Orbax lets wait for ten minutes.
+  Those of a save that failed to begin, Orbax lets wait for many minutes.
   """
   if all(t.daemon or t is threading.main_thread() for t in threading.enumerate()):
     sys.exit(status)

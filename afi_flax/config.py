@@ -136,7 +136,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """How the run goes about it; none of this changes the result of one in which all is well."""
+  """How the run goes about it; in one in which all is well, none changes more than last bits."""
 
   resume: str
   init_from: str
@@ -164,8 +164,9 @@ class Run:
     return step > 0 and (step % self.save_every == 0 or self._ends_epochs(step))
 
   def _ends_epochs(self, step: int) -> bool:
-    times = math.floor(step / self.eval_every)
-    return times > 0 and step == math.ceil(times * self.eval_every - 1e-6)
+    slack = 1e-6  # of steps: 479 / 11.975 is a little less than 40
+    times = math.floor((step + slack) / self.eval_every)
+    return times > 0 and step == math.ceil(times * self.eval_every - slack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     data=_data(config.data),
     dataset=dataset,
     batch_size=batch,
-    eval_batch_size=config.eval_batch_size,
+    eval_batch_size=min(config.eval_batch_size, dataset.num_eval),
     steps_per_epoch=steps_per_epoch,
     optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
     run=_run(config.run, steps_per_epoch, total_steps),
@@ -469,8 +470,8 @@ def _optim(
 
 
 def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int) -> Run:
+  _at_least('run.workers', run.workers, 0, below=1025)
   for key, low in (
-    ('workers', 0),
     ('max_steps', 0),
     ('log_every_steps', 1),
     ('save_every_steps', 1),

@@ -41,7 +41,7 @@ def together(
   alone it does nothing.
 
   Args:
-    place: this process's, as `find` returns it.
+    place: this process's, as `find_place` returns it.
     agreed: what must be the same on all, key -> value.
     timeout: seconds in which all must have come up.
 

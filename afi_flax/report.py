@@ -237,8 +237,9 @@ class Reporter:
     if not self._enabled or self._closed:
       return
     self._closed = True
-    self._events.close()
     self.console.close()
+    with self._workdir.writing():
+      self._events.close()
     if self._undrawn:
       self._draw_curves()
 

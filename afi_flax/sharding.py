@@ -62,4 +62,6 @@ def first_process_says(value: float) -> float:
   """The first process's value, on all of them. All of them must ask."""
   if jax.process_count() == 1:
     return value
-  return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+  bits = np.frombuffer(np.float64(value).tobytes(), np.int32)  # JAX would round it to float32
+  told = np.asarray(multihost_utils.broadcast_one_to_all(bits))
+  return float(np.frombuffer(told.tobytes(), np.float64)[0])

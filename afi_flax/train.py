@@ -41,15 +41,17 @@ def train(config: ml_collections.ConfigDict, folder: str) -> None:
     StoppedError: SIGTERM or SIGINT came, and the state is saved.
   """
   # Whatever a config can get wrong shows before anything is written.
-  training = _Training(config_lib.resolve(config, jax.device_count()), Workdir(folder))
-  with training.opened(config.to_dict()) as signals:
-    past = 0
-    while True:
-      try:
-        stopped = training.go_on(signals, past)
-        break
-      except nonfinite.RollBackError as back:
-        past = back.data_step
+  plan = config_lib.resolve(config, jax.device_count())
+  with StopSignals() as signals:
+    training = _Training(plan, Workdir(folder), signals)
+    with training.opened(config.to_dict()):
+      past = 0
+      while True:
+        try:
+          stopped = training.go_on(past)
+          break
+        except nonfinite.RollBackError as back:
+          past = back.data_step
   if stopped:
     raise StoppedError(
       f'stopped by {signals.requested or "a signal to another process"} at step {training.step}; '
@@ -66,9 +68,9 @@ class _Training:
     reporter: what a person sees of it.
   """
 
-  def __init__(self, plan: config_lib.Plan, workdir: Workdir):
-    """Opens the data; nothing is written yet."""
-    self._plan, self._workdir = plan, workdir
+  def __init__(self, plan: config_lib.Plan, workdir: Workdir, signals: StopSignals):
+    """Opens the data; nothing is written yet. The signals may ask for a stop."""
+    self._plan, self._workdir, self._signals = plan, workdir, signals
     self._mesh = sharding.make_mesh()
     self._model = models.create_model(**vars(plan.model))
     self._optimizer = optim.make(plan.optim)
@@ -90,26 +92,24 @@ class _Training:
     return self._watch.step
 
   @contextlib.contextmanager
-  def opened(self, config: dict) -> Iterator[StopSignals]:
-    """While entered, the workdir is locked, its checkpoints are open and signals are caught."""
-    token = int(sharding.first_process_says(secrets.randbelow(2**24)))  # exact in a float32
+  def opened(self, config: dict) -> Iterator[None]:
+    """While entered, the workdir is locked and its checkpoints are open."""
+    token = int(sharding.first_process_says(secrets.randbelow(2**24)))
     dataset, writer = dataclasses.asdict(self._plan.dataset), jax.process_index() == 0
     workdir, how, closing = self._workdir, self._plan.run, contextlib.closing
     with (
       workdir.open_for_training(config, dataset, writer, token),
-      StopSignals() as signals,
       closing(Checkpoints(workdir.checkpoints, how.keep, how.saves_at)) as last,
-      closing(Checkpoints(workdir.best, keep=1)) as best,
+      closing(Checkpoints(workdir.best, 1, how.saves_at)) as best,
       closing(self._trace),
     ):
       self._checkpoints, self._best = last, best
-      yield signals
+      yield
 
-  def go_on(self, signals: StopSignals, past: int) -> bool:
+  def go_on(self, past: int) -> bool:
     """From the last checkpoint, or where the run starts, to its end.
 
     Args:
-      signals: which may ask for a stop.
       past: 0, or the first batch to take, later than the one that the checkpoint would go on with.
 
     Returns:
@@ -125,9 +125,9 @@ class _Training:
     ):
       self.reporter.say(_introduction(self._plan, self._state, self._mesh.size, origin))
       while True:
-        stop = _stopping(signals, self.step)
+        stop = _stopping(self._signals, self.step)
         if stop or self._plan.run.due_at(self.step):
-          stop = self._attend(signals, stop)
+          stop = self._attend(stop)
           if stop or self.step >= self._plan.run.stop_step:
             return stop
         self._take_step(batches)
@@ -135,6 +135,8 @@ class _Training:
   def _start(self, past: int) -> str:
     """Restores or makes the state and takes what is newer out of the folder; where from."""
     plan, workdir, self._state = self._plan, self._workdir, None
+    self._clock.pause()
+    self._clock.speed()  # of steps that may have been rolled back
     self._state, origin = _initial_state(
       plan, self._model, self._optimizer, self._mesh, self._checkpoints, rolling_back=past > 0
     )
@@ -143,7 +145,9 @@ class _Training:
       self._state = self._state.replace(data_step=counter)
     step, data_step = int(self._state.step), int(self._state.data_step)
     self._checkpoints.set_aside(newer_than=step)
-    self._best.set_aside(newer_than=step)
+    # One that is not on schedule was found where max_steps ended the run, and has no line any more.
+    passing = [n for n in self._best.steps() if not plan.run.saves_at(n)]
+    self._best.set_aside(step, [n for n in passing if n < step or not plan.run.evaluates_at(n)])
     workdir.cut_back(step, data_step)
     self._best_top1 = _best_so_far(workdir, self.evaluator.split, self._best.steps())
     self._attended = -1  # the last step whose log lines, checkpoint and evaluation are done
@@ -160,12 +164,14 @@ class _Training:
     return origin
 
   def _open_batches(self) -> Iterator[steps.Batch]:
+    alone = jax.process_count() == 1  # several must agree on where to stop
     return pipeline.prefetch(
       _host_batches(self._plan, self._source, int(self._state.data_step)),
       lambda batch: sharding.put_batch(batch, self._mesh),
+      give_up=lambda: alone and self._signals.requested is not None,
     )
 
-  def _attend(self, signals: StopSignals, stop: bool) -> bool:
+  def _attend(self, stop: bool) -> bool:
     """Does what is due after this step, once; whether to stop."""
     step, how = self._watch.settle(), self._plan.run
     self._clock.pause()
@@ -176,7 +182,7 @@ class _Training:
     if step and (stop or evaluate or (new and how.saves_at(step))):
       self._save(step)
     if evaluate:
-      stop = not self._evaluate(step, signals) or stop
+      stop = not self._evaluate(step) or stop
     return stop
 
   def _log(self, step: int) -> None:
@@ -194,15 +200,16 @@ class _Training:
         f'the update of a step up to {step} was too large for a float, so nothing is saved; use a '
         'lower schedule.base_lr'
       )
+    self._best.wait()  # or a kill could leave this one, the line of that evaluation, and no best
     self._workdir.sync()
     self._checkpoints.save(step, self._state)
 
-  def _evaluate(self, step: int, signals: StopSignals) -> bool:
+  def _evaluate(self, step: int) -> bool:
     """False if a signal ended it."""
     record = self.evaluator(
       self._state.eval_variables,
       self.reporter.evaluating,
-      lambda batches: _stopping(signals, batches),
+      lambda batches: _stopping(self._signals, batches),
     )
     if record is None:
       return False
@@ -214,13 +221,14 @@ class _Training:
     return True
 
   def _take_step(self, batches: Iterator[steps.Batch]) -> None:
+    if self._program is not None:
+      self._clock.resume()  # a wait for data is part of the speed
+    batch = next(batches, None)
+    if batch is None:
+      return  # a signal came, and nothing else
     if self._program is None:
-      batch = next(batches)
       self._program = self._compile(batch)
       self._clock.resume()
-    else:
-      self._clock.resume()
-      batch = next(batches)  # a wait for data is part of the speed
     self._state, numbers = self._program(self._state, batch)
     self._taken += 1
     self._clock.steps += 1

@@ -3,6 +3,7 @@
 config.json     the resolved config; a run that is started again must be given the same one
 dataset.json    name, class names and sizes of the data set
 metrics.jsonl   one JSON object a line: training lines and evaluation lines
+nonfinite.jsonl  likewise, of batches whose numbers were not finite
 curves.png      the picture of them
 checkpoints/    the last ones            best/      the best one by evaluation
 unreadable/     checkpoints that could not be read, or that a resumed run left behind
@@ -148,8 +149,8 @@ class Workdir:
 
     Raises:
       UserError: another run has taken the lock away.
-      FailedError: the folder, on a disk, is not there any more.
-      RuntimeError: another one may have, as the bucket could not be written for too long.
+      FailedError: another one may have, as the bucket could not be written for too long; the
+        folder, on a disk, is not there any more.
     """
     if self._lock is not None and (lost := self._lock.poll()) is not None:
       raise UserError(

@@ -7,8 +7,8 @@
 #   --dry_run      prints what would run
 #
 # PYTHON is the interpreter; without it that of .venv where there is one. The same command goes on
-# with a run that was stopped. Exit status: that of afi_flax.main, 0 done, 2 a mistake, 75 stopped by
-# a signal with the state saved.
+# with a run that was stopped. Exit status: that of afi_flax.main, 0 done, 2 a mistake, 74 something
+# failed, such as the disk, 75 stopped by a signal with the state saved.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,9 +1,13 @@
 """The table of faults: what was injected, how it must end, and whether it did.
 
 A test with `@pytest.mark.fault(kind, injected, ends)` is one row. `make faults` runs them all at
-their full size and prints the table; without `--faults` they run like other tests, the long ones
-shortened.
+their full size, prints the table and, with `--faults_json FILE`, writes its rows; without
+`--faults` they run like other tests, the long ones shortened. A test that injects a fault many
+times says so: `record_property('tries', 100)`.
 """
+
+import json
+import pathlib
 
 import pytest
 
@@ -26,6 +30,7 @@ KINDS = {
 
 def pytest_addoption(parser):
   parser.addoption('--faults', action='store_true', help='Full size, and the table of faults.')
+  parser.addoption('--faults_json', help='Where to write the rows of that table.')
 
 
 def pytest_collection_modifyitems(items):
@@ -47,40 +52,40 @@ def pytest_terminal_summary(terminalreporter, config):
     for report in terminalreporter.getreports(outcome)
     if any(name == 'fault' for name, _ in getattr(report, 'user_properties', ()))
   ]
+  found = rows(reports)
   terminalreporter.write_line('')
-  terminalreporter.write_line(table(reports))
+  terminalreporter.write_line(tables.text(found) if found else 'no test of a fault was run')
+  if path := config.getoption('--faults_json'):
+    pathlib.Path(path).write_text(json.dumps(found, indent=1) + '\n')
 
 
-def table(reports: list[pytest.TestReport]) -> str:
-  """A row for each fault, in the order of KINDS: how often it was injected, and how that went."""
+def rows(reports: list[pytest.TestReport]) -> list[dict]:
+  """A row for each fault, in the order of KINDS.
+
+  Its keys: `fault`, the kind; `injected`; `tries`, how often; `lost`, 'nothing' where all ended as
+  they must; `outcome`, how they must end, and which did not or were not tried.
+  """
   found: dict[tuple, list] = {}
   for report in reports:
-    fault = next(tuple(value) for name, value in report.user_properties if name == 'fault')
+    (fault,) = (tuple(value) for name, value in report.user_properties if name == 'fault')
     found.setdefault(fault, []).append(report)
   order = list(KINDS)
-  rows = []
-  for fault in sorted(found, key=lambda fault: order.index(fault[0])):
-    kind, injected, ends = fault
-    rows.append(
-      {
-        '': KINDS[kind] if not rows or rows[-1]['kind'] != kind else '',
-        'kind': kind,
-        'fault': injected,
-        'how it ends': ends,
-        'seen': _seen(found[fault]),
-        's': round(sum(report.duration for report in found[fault])),
-      }
-    )
-  shown = [{key: value for key, value in row.items() if key != 'kind'} for row in rows]
-  return tables.text(shown) if shown else 'no test of a fault was run'
+  return [
+    _row(*fault, found[fault]) for fault in sorted(found, key=lambda fault: order.index(fault[0]))
+  ]
 
 
-def _seen(reports: list[pytest.TestReport]) -> str:
-  """'yes', 'yes, 3 cases', 'NO, 1 of 3', 'skipped'."""
-  ran = [report for report in reports if not report.skipped and report.when == 'call']
+def _row(kind: str, injected: str, ends: str, reports: list[pytest.TestReport]) -> dict:
   failed = [report for report in reports if report.failed]
-  if failed:
-    return f'NO, {len(failed)} of {max(len(ran), len(failed))}'
-  if not ran:
-    return 'skipped'
-  return 'yes' if len(ran) == 1 else f'yes, {len(ran)} cases'
+  skipped = [report for report in reports if report.skipped]
+  passed = [report for report in reports if report.passed and report.when == 'call']
+  ran = [report for report in (*passed, *failed) if report.when == 'call']
+  exceptions = [f'{len(failed)} DID NOT'] if failed else []
+  exceptions += [f'{len(skipped)} not tried here'] if skipped else []
+  return {
+    'fault': KINDS[kind],
+    'injected': injected,
+    'tries': sum(dict(report.user_properties).get('tries', 1) for report in ran),
+    'lost': 'nothing' if passed and not failed else '?',
+    'outcome': f'{ends} ({", ".join(exceptions)})' if exceptions else ends,
+  }

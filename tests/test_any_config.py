@@ -175,13 +175,15 @@ def test_what_is_not_changed_resolves():
 
 
 @pytest.mark.fault('config', 'one key of any value', 'a consistent plan, or one line')
-def test_one_change(at_full_size):
-  search(resolves_or_explains, 1, 20_000 if at_full_size else 100)
+def test_one_change(at_full_size, record_property):
+  record_property('tries', tries := 20_000 if at_full_size else 100)
+  search(resolves_or_explains, 1, tries)
 
 
 @pytest.mark.fault('config', 'several keys of any value', 'a consistent plan, or one line')
-def test_several_changes(at_full_size):
-  search(resolves_or_explains, 5, 20_000 if at_full_size else 60)
+def test_several_changes(at_full_size, record_property):
+  record_property('tries', tries := 10_000 if at_full_size else 60)
+  search(resolves_or_explains, 5, tries)
 
 
 def search(of, most: int, examples: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from afi_flax import bucket, files
 from afi_flax.bucket import Lock, Mirror
-from afi_flax.errors import StoppedError, UserError
+from afi_flax.errors import FailedError, StoppedError, UserError
 from afi_flax.workdir import Workdir
 from tests.test_workdir import CONFIG, DATASET, assert_one_line, change
 
@@ -133,7 +133,7 @@ def test_a_holder_that_is_not_heard_for_too_long_is_none(object_store, folder, l
   lock.take(b'first')
   object_store.refuse = lambda method, name: 503
   until(lambda: lock.lost == b'')
-  with pytest.raises(RuntimeError, match=r'could not be written for 0\.4 s'):
+  with pytest.raises(FailedError, match=r'could not be written for 0\.4 s'):
     lock.poll()
   object_store.refuse = lambda method, name: 0
   until(lambda: lock.lost is None)
@@ -328,7 +328,7 @@ def test_a_run_that_is_not_heard_for_too_long_ends(object_store, folder, monkeyp
   with workdir.open_for_training(CONFIG, DATASET):
     object_store.refuse = lambda method, name: 503
     until(lambda: workdir._lock.lost == b'')
-    with pytest.raises(RuntimeError, match='could not be written for') as error:
+    with pytest.raises(FailedError, match='could not be written for') as error:
       workdir.poll()
     object_store.refuse = lambda method, name: 0
   assert '\n' not in str(error.value)

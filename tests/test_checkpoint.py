@@ -455,7 +455,9 @@ def test_close_ends_all_threads_and_may_be_repeated(folder):
   checkpoints.save(1, make_state(1))
   checkpoints.close()
   checkpoints.close()
-  assert set(threading.enumerate()) <= before
+  # (The pool of asyncio, which Orbax keeps for the whole process, may have grown.)
+  left = {t for t in set(threading.enumerate()) - before if not t.name.startswith('asyncio_')}
+  assert not left
   assert (folder / '1' / 'sums.0-of-1.json').exists()
 
 

@@ -1,5 +1,7 @@
+import fractions
 import importlib
 import json
+import math
 import pathlib
 import re
 
@@ -9,7 +11,7 @@ import pytest
 
 from afi_flax import config as config_lib
 from afi_flax import models, optim, sharding, state
-from afi_flax.config import parse_variant, resolve
+from afi_flax.config import Dataset, parse_variant, resolve
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
 from afi_flax.models.attention import ATTENTIONS
@@ -195,6 +197,23 @@ def test_evaluates_at_the_end_and_not_just_before(every, batch):
   steps = [n for n in range(plan.run.stop_step + 1) if plan.run.evaluates_at(n)]
   assert len(steps) == min(-(-7 // every), plan.run.stop_step)
   assert steps[-1] == plan.run.stop_step == plan.optim.total_steps
+
+
+@pytest.mark.parametrize(
+  ('num_train', 'batch', 'every'),
+  [(50000, 48, 1.0), (50000, 96, 1.0), (50000, 48, 0.2), (1437, 48, 0.2), (1281167, 1024, 0.3)],
+)
+def test_no_evaluation_is_missed(num_train, batch, every):
+  """Against fractions, which do not round: 479 steps of 48 are 40 times 0.2 epochs of 2874."""
+  config = load('cifar100_resnet32')
+  config.batch_size, config.epochs, config.run.eval_every_epochs = batch, 20.0, every
+  plan = resolve(config, dataset=Dataset('cifar100', ('a', 'b'), num_train, 100))
+  exact = fractions.Fraction(num_train, batch) * fractions.Fraction(str(every))
+  due = {math.ceil(k * exact) for k in range(1, math.floor(plan.run.stop_step / exact) + 1)}
+  found = {n for n in range(plan.run.stop_step + 1) if plan.run.evaluates_at(n)}
+  assert found == due | {plan.run.stop_step}
+  saved = {n for n in range(plan.run.stop_step + 1) if plan.run.saves_at(n)}
+  assert saved == due | set(range(1000, plan.run.stop_step + 1, 1000))
 
 
 def test_splits_of_two_data_sets_do_not_overlap():

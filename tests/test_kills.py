@@ -93,7 +93,7 @@ def check_sigterm(run, err, at, workdir):
 @pytest.fixture(scope='module')
 def whole(request, tmp_path_factory):
   """A run that is left alone: its folder, the examples of its steps, the seconds of each phase."""
-  steps = 400 if request.config.getoption('--faults') else 40
+  steps = 300 if request.config.getoption('--faults') else 40
   folder, began = tmp_path_factory.mktemp('whole'), time.time()
   run = Watched(folder / 'marks', *flags(folder / 'run', steps))
   finish(run)
@@ -114,9 +114,10 @@ def finish(run):
   'SIGKILL or SIGTERM in any phase of a run',
   'lines, weights and examples equal, bit for bit',
 )
-def test_killed_anywhere(whole, tmp_path, at_full_size):
+def test_killed_anywhere(whole, tmp_path, at_full_size, record_property):
   unbroken, examples, took = whole
   kills, steps = 100 if at_full_size else 10, len(examples)
+  record_property('tries', kills)
   draw, hit, took = random.Random(kills), collections.Counter(), dict(took)
   workdir = tmp_path / 'run'
   aims = [PHASES[i % len(PHASES)] for i in range(kills)]

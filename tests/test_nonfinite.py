@@ -132,8 +132,9 @@ def left(folder):
     {k: v for k, v in record.items() if k not in ('images_per_second', 'mfu')}
     for record in workdir.read_metrics()
   ]
-  loaded = run.load_run(folder)
-  return metrics, workdir.read_nonfinite(), loaded.step, jax.device_get(loaded.variables)
+  last, best = (run.load_run(folder, which) for which in ('last', 'best'))
+  weights = jax.device_get((last.variables, best.variables))
+  return metrics, workdir.read_nonfinite(), (last.step, best.step), weights
 
 
 def assert_same(one, two):
@@ -144,18 +145,20 @@ def assert_same(one, two):
 @pytest.mark.slow
 @pytest.mark.fault('numbers', 'a NaN in a batch', 'the run ends, the batch is written down')
 def test_raise(tmp_path, poison):
+  keys, folder = {'save_every_steps': 1, 'max_steps': 6}, tmp_path / 'raised'
   with pytest.raises(UserError, match=r'step \d+: loss .*, gradient norm nan; its examples'):
-    train.train(recipe('raise'), tmp_path)
-  (record,) = Workdir(tmp_path).read_nonfinite()
+    train.train(recipe('raise', **keys), folder)
+  (record,) = Workdir(folder).read_nonfinite()
   assert set(record['examples']) & set(POISONED)
   assert len(record['examples']) == 48
   assert record['data_step'] == record['step'] - 1
-  checkpoints = Checkpoints(Workdir(tmp_path).checkpoints)
-  assert all(step < record['step'] for step in checkpoints.steps())
+  checkpoints = Checkpoints(Workdir(folder).checkpoints)
+  assert checkpoints.steps()[-1] == record['step'] - 1
   checkpoints.close()
   # The same command with another policy goes on with it.
-  train.train(recipe('skip'), tmp_path)
-  assert Workdir(tmp_path).read_metrics()[-1]['step'] == left(tmp_path)[2]
+  train.train(recipe('skip', **keys), folder)
+  train.train(recipe('skip', **keys), tmp_path / 'skipped')
+  assert_same(left(folder), left(tmp_path / 'skipped'))
 
 
 @pytest.mark.slow
@@ -166,7 +169,7 @@ def test_goes_on_past_them_stopped_or_not(tmp_path, poison, policy):
   train.train(recipe(policy), tmp_path / 'whole')
   metrics, events, steps, variables = whole = left(tmp_path / 'whole')
   total = config.resolve(recipe(policy)).optim.total_steps
-  assert steps == total == metrics[-1]['step']
+  assert steps[0] == total == metrics[-1]['step']
   assert len(events) >= 2
   assert all(set(event['examples']) & set(POISONED) for event in events)
   assert all(np.isfinite(record['loss']) for record in metrics)
@@ -239,4 +242,4 @@ def test_two_processes(tmp_path, root):
   event, *_ = Workdir(tmp_path).read_nonfinite()
   assert len(set(event['examples'])) == 48
   assert set(event['examples']) & set(POISONED)
-  assert left(tmp_path)[2] == 20
+  assert left(tmp_path)[2][0] == 20

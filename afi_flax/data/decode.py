@@ -46,7 +46,7 @@ warnings.filterwarnings('ignore', module=r'PIL\.')
 cv2.setNumThreads(0)  # many pictures at a time, each in one thread
 
 # Of a JPEG: what is not among these bytes stands alone, or belongs to the scan that it is in.
-_MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd8\xff])')
+_MARKER = re.compile(rb'\xff([^\x00\x01\xd0-\xd8\xff])')
 
 Box = tuple[float, float, float, float]  # y, x, height, width, in pixels of the whole picture
 

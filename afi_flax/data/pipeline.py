@@ -34,6 +34,7 @@ _TRIES = 16  # pictures tried in a row for one place in a training batch
 _BAD = np.dtype([('example', np.int32), ('reason', 'S100')])  # one that cannot be read; or -1
 _STREAM_END = 1 << 60  # positions
 _ENDING = 5.0  # seconds for a thread to end
+_ASKING = 0.5  # seconds between two looks at whether to wait on
 
 
 def train_batches(
@@ -155,13 +156,19 @@ def eval_batches(
   return _drop_bad(batches, source, max_unreadable, 'left out of the evaluation')
 
 
-def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(
+  batches: Iterable[Any],
+  put: Callable[[Any], Any],
+  depth: int = 2,
+  give_up: Callable[[], bool] = lambda: False,
+) -> Iterator[Any]:
   """Applies `put` (host batch -> device batch) in a thread, up to `depth` batches ahead.
 
   Args:
     batches: what to read; closed with this iterator where it can be.
     put: applied to each batch, in the thread.
     depth: batches that wait at most.
+    give_up: asked while there is no batch to return; where it says so, the iterator ends.
 
   Returns:
     Iterator of what `put` returns. Exceptions of `batches` and `put` are raised by it; closing it
@@ -194,7 +201,12 @@ def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) 
   thread.start()
   try:
     while True:
-      batch, error = waiting.get()
+      try:
+        batch, error = waiting.get(timeout=_ASKING)
+      except queue.Empty:
+        if give_up():
+          return
+        continue
       if isinstance(error, StopIteration):
         return
       if error is not None:

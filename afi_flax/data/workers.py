@@ -11,6 +11,7 @@ where it stood. One that hangs ends the run: where a file system hangs, the next
 
 import atexit
 import contextlib
+import ctypes
 import os
 import pickle
 import queue
@@ -34,6 +35,7 @@ Batch = dict[str, np.ndarray]
 PATIENCE = 300.0  # seconds that a batch may take, with the start of its worker: disks can be slow
 _AHEAD = 2  # batches of a worker that wait in the main process, while it makes another one
 _REPLACEMENTS = 3  # for the killed workers of a stream
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _ENDING = 5.0  # seconds for a killed process to be gone
 _START = 'import sys; from afi_flax.data import workers; workers.work(int(sys.argv[1]))'
 
@@ -82,6 +84,8 @@ def batches(make: Callable[[int], Batch], numbers: range, count: int) -> Iterato
 
 def work(descriptor: int) -> None:
   """What a worker does, with the number of its open socket."""
+  if sys.platform == 'linux':  # one that hangs, too, ends with the thread that started it
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   with socket.socket(fileno=descriptor) as main, contextlib.suppress(ConnectionError, EOFError):
     task, numbers = _receive(main)
     try:
@@ -183,6 +187,8 @@ class _Worker:
         self._sent.put(_receive(self._socket))
     except (OSError, EOFError):
       self._sent.put(None)
+    except Exception as error:  # no memory for a batch, say
+      self._sent.put(_failure(error))
 
 
 @contextlib.contextmanager

@@ -268,6 +268,12 @@ def _cmyk_of_size(side: int) -> bytes:
   return _with(data, data.index(b'\xff\xc0') + 5, struct.pack('>HH', side, side))
 
 
+def jpeg_with_fill(fill: int = 4_000_000) -> bytes:
+  """A whole picture, with so many bytes in which a marker could begin before its last one."""
+  data = encode(picture(), 'JPEG', progressive=True)
+  return data[:-2] + b'\xff' * fill + b'\0' + data[-2:]
+
+
 def tiff_of_many_tags(tags: int = 20_000, size: int = 1_000_000) -> bytes:
   """A whole picture of 10 x 10, each of whose tags says that it has the same bytes as the next."""
   head = [(256, 4, 1, 10), (257, 4, 1, 10), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]

@@ -16,13 +16,14 @@ PROCESSES = 2
   '1,000,000 pictures with 1 to 3 random damages',
   'decoded or refused; no crash, hang, leak',
 )
-def test_damaged_pictures(tmp_path, root, at_full_size):
+def test_damaged_pictures(tmp_path, root, at_full_size, record_property):
   """In processes of their own, each of which writes down what it is about to decode.
 
   An input that ends its process, by a crash, by more than its CPU seconds or by more memory, is
   left in the folder that the message names.
   """
   count = 500_000 if at_full_size else 1000
+  record_property('tries', PROCESSES * count)
   runs = []
   for i in range(PROCESSES):
     folder = tmp_path / str(i)

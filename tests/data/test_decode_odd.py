@@ -96,9 +96,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(name, monkeypatch):
 
 
 @bomb
-def test_all_bombs_together_take_little_memory(tmp_path, root):
+def test_all_bombs_together_take_little_memory_and_time(tmp_path, root):
   """In a process of its own, which must not ask for more, and without a warning of PIL's."""
-  bombs = [*BOMBS.values(), odd_pictures.tiff_of_many_tags()]
+  bombs = [*BOMBS.values(), odd_pictures.tiff_of_many_tags(), odd_pictures.jpeg_with_fill()]
   for i, data in enumerate(bombs):
     (tmp_path / str(i)).write_bytes(data)
   code = (
@@ -107,6 +107,7 @@ def test_all_bombs_together_take_little_memory(tmp_path, root):
     'from tests.data.fuzz_decode import memory\n'
     'limit = memory("VmSize") + (256 << 20)\n'
     'resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n'
+    'resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n'
     'before, said = memory("VmRSS"), []\n'
     'for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n'
     '  try:\n'

@@ -103,7 +103,7 @@ def test_no_memory_has_a_name(streams):
   stream = streams(makers.large, range(LONG), 1)
   next(stream)
   for pid in (os.getpid(), *workers_of(os.getpid())):
-    assert '/dev/shm/psm_' not in pathlib.Path(f'/proc/{pid}/maps').read_text()
+    assert '/dev/shm/' not in pathlib.Path(f'/proc/{pid}/maps').read_text()
 
 
 @pytest.mark.fault('worker', 'SIGKILL to a worker', 'another takes its place, equal batches')
@@ -222,11 +222,16 @@ def main_process(then: str):
 
 
 @pytest.mark.slow
-@pytest.mark.fault('worker', 'SIGKILL to the main process', 'the workers end, no memory is left')
+@pytest.mark.fault(
+  'worker', 'SIGKILL to the main process, a worker stopped', 'all gone, no memory left'
+)
 def test_workers_end_with_a_main_process_that_is_killed():
+  before = set(os.listdir('/dev/shm'))
   with main_process('time.sleep(600)') as (main, pids):
+    os.kill(pids[0], signal.SIGSTOP)
     main.kill()
     await_gone(pids)
+  assert set(os.listdir('/dev/shm')) <= before
 
 
 @pytest.mark.slow
@@ -357,6 +362,21 @@ def test_a_run_ends_when_a_worker_hangs(pictures, tmp_path):
   assert re.search(says, err, re.MULTILINE), err
   assert 'Traceback' not in err
   await_gone(pids)
+
+
+@pytest.mark.slow
+@pytest.mark.fault('worker', 'Ctrl-C while all workers hang', 'saved, status 75, all gone')
+def test_a_run_is_stopped_while_its_workers_hang(pictures, undisturbed, tmp_path):
+  process = start_run(pictures, tmp_path / 'run')
+  pids = await_line(tmp_path / 'run', process)
+  for pid in pids:
+    os.kill(pid, signal.SIGSTOP)
+  time.sleep(0.5)
+  os.killpg(process.pid, signal.SIGINT)
+  assert 'stopped by SIGINT at step' in finish_run(process, status=75)
+  await_gone(pids)
+  assert 'resumed at step' in finish_run(start_run(pictures, tmp_path / 'run'))
+  assert_equal_runs(undisturbed, tmp_path / 'run')
 
 
 @pytest.mark.slow
