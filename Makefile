@@ -23,7 +23,7 @@ test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --faults --faults_json results/faults.json -m fault
+	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault
 
 parity:
 	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity

@@ -143,7 +143,7 @@ class _Group:
     place, deadline = self.place, time.monotonic() + timeout
     rows = {0: {'host': socket.gethostname(), 'address': place.address(place.port)}}
     objections = []
-    with self._listen() as server:
+    with self._listen(place.port) as server:
       while len(self._peers) < place.count - 1:  # all, so that all hear of an objection
         left = deadline - time.monotonic()
         if left <= 0:
@@ -156,6 +156,7 @@ class _Group:
             objections.append(objection)
     if objections:
       raise UserError(objections[0])
+    self._listen(place.port + 1).close()  # JAX would end roughly where others find a stranger
     ordered = [rows[i] for i in range(place.count)]
     for peer in self._peers:
       peer.send(rows=ordered)
@@ -163,8 +164,7 @@ class _Group:
     self._start_beating()
     return ordered
 
-  def _listen(self) -> socket.socket:
-    port = self.place.port
+  def _listen(self, port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -172,7 +172,7 @@ class _Group:
     except OSError as error:
       raise UserError(
         f'process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror}; '
-        'end what uses it, or give --coordinator another port'
+        'end what uses it, or give --coordinator another one; JAX takes the next'
       ) from error
 
   def _admit(self, connection: socket.socket, agreed: dict[str, str], rows: dict) -> str:

@@ -81,7 +81,6 @@ class _Training:
     self._rate = optim.schedule(plan.optim)
     self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(self._mesh))
     self._clock = speed.Clock(plan, self._model, self._mesh)
-    self._trace = speed.Trace(workdir.profile, plan.run.profile_steps)
     self._taken = 0  # steps, by this process
     self._program: jax.stages.Compiled | None = None
     self._state: state_lib.TrainState | None = None
@@ -101,9 +100,9 @@ class _Training:
       workdir.open_for_training(config, dataset, writer, token),
       closing(Checkpoints(workdir.checkpoints, how.keep, how.saves_at)) as last,
       closing(Checkpoints(workdir.best, 1, how.saves_at)) as best,
-      closing(self._trace),
+      closing(speed.Trace(workdir.profile, how.profile_steps)) as trace,
     ):
-      self._checkpoints, self._best = last, best
+      self._checkpoints, self._best, self._trace = last, best, trace
       yield
 
   def go_on(self, past: int) -> bool:
