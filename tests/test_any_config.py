@@ -111,8 +111,9 @@ def check(plan: Plan, config: dict, devices: int) -> None:
   steps = plan.optim.total_steps
   for path, value in flatten_dict(dataclasses.asdict(plan), sep='.').items():
     for item in value if isinstance(value, tuple) else (value,):
-      assert item is None or type(item) in (int, float, bool, str), (path, item)
-      if type(item) in (int, float) and path != 'run.eval_every':
+      # NumPy's float64 is a float, and may stand in a config file.
+      assert item is None or isinstance(item, int | float | bool | str), (path, item)
+      if isinstance(item, int | float) and path != 'run.eval_every':
         assert math.isfinite(item), (path, item)
   for field in ('batch_size', 'eval_batch_size', 'seed'):
     assert type(getattr(plan, field)) is int
