@@ -1,5 +1,6 @@
 """How every command starts and ends: flags, one-line errors, exit status."""
 
+import contextlib
 import glob
 import itertools
 import os
@@ -38,8 +39,14 @@ def _end(status: int) -> None:
   """
   if all(t.daemon or t is threading.main_thread() for t in threading.enumerate()):
     sys.exit(status)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  leave(status)
+
+
+def leave(status: int) -> None:
+  """Ends the process at once: neither threads nor what JAX does at the exit are waited for."""
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(status)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from afi_flax.commands import leave
 from afi_flax.errors import StoppedError, UserError
 from afi_flax.place import Place, bracketed
 
@@ -292,7 +293,7 @@ class _Group:
     start = '\n' if sys.stderr.isatty() else ''  # there a progress bar stands in the line
     os.write(2, f'{start}error: {why}\n'.encode())
     self._await_leaving(but=source)
-    _leave(status)
+    leave(status)
 
   @contextlib.contextmanager
   def failing_together(self) -> Iterator[None]:
@@ -323,7 +324,7 @@ class _Group:
 
   def _fail(self, why: str, status: int) -> None:
     """Tells the others why this one ends, and sees to it that it does."""
-    atexit.register(_leave, status)  # before JAX's, which would wait for the others
+    atexit.register(leave, status)  # before JAX's, which would wait for the others
     if self._ending.acquire(blocking=False):
       text = f'{self._own_name()}: {why}' if self._started() else why
       self._tell(text, status)
@@ -350,14 +351,6 @@ class _Group:
     for peer in self._peers:
       if peer is not but and peer.thread:
         peer.thread.join(max(deadline - time.monotonic(), 0))
-
-
-def _leave(status: int) -> None:
-  """Ends the process without the hooks that wait for the others."""
-  with contextlib.suppress(OSError, ValueError):
-    sys.stdout.flush()
-    sys.stderr.flush()
-  os._exit(status)
 
 
 def _difference(own: dict[str, str], other: dict[str, str]) -> str:

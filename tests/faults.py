@@ -1,13 +1,10 @@
 """The table of faults: what was injected, how it must end, and whether it did.
 
 A test with `@pytest.mark.fault(kind, injected, ends)` is one row. `make faults` runs them all at
-their full size, prints the table and, with `--faults_json FILE`, writes its rows; without
-`--faults` they run like other tests, the long ones shortened. A test that injects a fault many
-times says so: `record_property('tries', 100)`.
+their full size, prints the table and, with `--faults_json FILE`, writes its rows, in the place of
+those that the file has of the same faults. Without `--faults` they run like other tests, the long
+ones shortened. A test that injects a fault many times says so: `record_property('tries', 100)`.
 """
-
-import json
-import pathlib
 
 import pytest
 
@@ -56,7 +53,14 @@ def pytest_terminal_summary(terminalreporter, config):
   terminalreporter.write_line('')
   terminalreporter.write_line(tables.text(found) if found else 'no test of a fault was run')
   if path := config.getoption('--faults_json'):
-    pathlib.Path(path).write_text(json.dumps(found, indent=1) + '\n')
+    tables.write_json(merged(tables.read_rows(path), found), path)
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+  """All rows, in the order of KINDS, the new ones in the place of old ones of the same faults."""
+  both = {(row['fault'], row['injected']): row for row in (*old, *new)}
+  order = list(KINDS.values())
+  return sorted(both.values(), key=lambda row: order.index(row['fault']))
 
 
 def rows(reports: list[pytest.TestReport]) -> list[dict]:

@@ -34,7 +34,7 @@ ALLOWED = {
   'checkpoint': {'errors', 'files'},
   'commands': {'errors'},
   'place': {'errors'},
-  'processes': {'errors', 'place'},
+  'processes': {'errors', 'place', 'commands'},
   'workdir': {'errors', 'config', 'bucket', 'files'},
   'curves': {'errors'},
   'event_file': {'errors'},

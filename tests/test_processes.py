@@ -53,7 +53,7 @@ def roll_call(*callers, timeout=5.0, count=None, names=()):
 @pytest.fixture(autouse=True)
 def no_exit(monkeypatch):
   """A failure of a process that a test plays must not end the tests."""
-  monkeypatch.setattr(processes, '_leave', lambda status: None)
+  monkeypatch.setattr(processes, 'leave', lambda status: None)
   monkeypatch.setattr(processes.os, 'write', lambda *_: None)
 
 
@@ -122,7 +122,7 @@ def test_one_that_is_silent_is_told_from_one_that_is_gone(monkeypatch):
   """It stands for a process that hangs, or whose host has lost its network."""
   monkeypatch.setattr(processes, '_SILENCE', 0.2)
   ended = []
-  monkeypatch.setattr(processes, '_leave', ended.append)
+  monkeypatch.setattr(processes, 'leave', ended.append)
   said = []
   monkeypatch.setattr(processes.os, 'write', lambda _, text: said.append(text.decode()))
   for alive in (True, False):

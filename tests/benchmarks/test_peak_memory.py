@@ -36,14 +36,14 @@ def test_command(tmp_path):
   """On small networks and pictures: AFI needs as much, remat half of it, inference least."""
   path = tmp_path / 'memory.json'
   command = f'-m benchmarks.peak_memory --networks=resnet20,afi_resnet20 --json={path}'
-  options = '--image_size=32 --batch_size=16 --remats=none,block'
+  options = '--image_size=32 --batch_size=32 --remats=none,block'
   subprocess.run([sys.executable, *command.split(), *options.split()], check=True)
   figures = json.loads(path.read_text())['peak_mib']
   mib = {(f['network'], f['task_or_remat']): f['mib'] for f in figures}
   assert len(mib) == 6
   assert mib['afi_resnet20', 'none'] == pytest.approx(mib['resnet20', 'none'], rel=0.05)
   for name in ('resnet20', 'afi_resnet20'):
-    assert mib[name, 'none'] > 1.8 * mib[name, 'block'] > 1.8 * mib[name, 'inference']
+    assert mib[name, 'none'] > 1.9 * mib[name, 'block'] > 1.9 * mib[name, 'inference']
 
 
 @pytest.mark.slow

@@ -117,21 +117,30 @@ def jpeg_of_scans(side: int, scans: int) -> bytes:
 
 def kinds() -> dict[str, Kind]:
   """Every kind of whole picture, by name."""
+  return _in_colour() | _of_other_modes() | _jpegs() | _lossy_webps()
+
+
+def _with_alpha() -> Image.Image:
   image = picture()
-  grey, cmyk = image.convert('L'), image.convert('CMYK')
-  alpha, palette = image.copy(), image.quantize(64)
-  alpha.putalpha(grey)
-  frames = [picture(seed=i).quantize(64) for i in range(3)]
-  animated = {'save_all': True, 'append_images': frames[1:]}
-  deep = np.random.default_rng(0).integers(0, 2**16, (40, 48, 4), dtype=np.uint16)
-  deep_grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+  image.putalpha(image.convert('L'))
+  return image
+
+
+def _exif() -> Image.Exif:
   exif = Image.Exif()
   exif[0x0112] = 6  # turned: ignored
+  return exif
+
+
+def _in_colour() -> dict[str, Kind]:
+  """Without loss."""
+  image, alpha = picture(), _with_alpha()
+  deep = np.random.default_rng(0).integers(0, 2**16, (40, 48, 4), dtype=np.uint16)
   pixels = rgb(image)
   exact = {
     'PNG': encode(image, 'PNG'),
     'PNG with alpha': encode(alpha, 'PNG'),
-    'PNG with EXIF': encode(image, 'PNG', exif=exif),
+    'PNG with EXIF': encode(image, 'PNG', exif=_exif()),
     '16-bit colour PNG': cv2.imencode('.png', deep[..., :3])[1].tobytes(),
     '16-bit PNG with alpha': cv2.imencode('.png', deep)[1].tobytes(),
     'animated PNG': encode(image, 'PNG', save_all=True, append_images=[picture(seed=1)]),
@@ -155,6 +164,16 @@ def kinds() -> dict[str, Kind]:
   found['plain PPM'] = Kind(plain, corner)
   for name in ('16-bit colour PNG', '16-bit PNG with alpha'):
     found[name] = Kind(exact[name], (deep[..., 2::-1] >> 8).astype(np.uint8))
+  return found
+
+
+def _of_other_modes() -> dict[str, Kind]:
+  """Without loss: grey, palettes, inks, black and white."""
+  image, alpha = picture(), _with_alpha()
+  grey, cmyk, palette = image.convert('L'), image.convert('CMYK'), image.quantize(64)
+  frames = [picture(seed=i).quantize(64) for i in range(3)]
+  animated = {'save_all': True, 'append_images': frames[1:]}
+  deep_grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
   others = [
     ('grey PNG', encode(grey, 'PNG'), grey),
     ('grey PNG with alpha', encode(alpha.convert('LA'), 'PNG'), grey),
@@ -175,7 +194,12 @@ def kinds() -> dict[str, Kind]:
     ('PBM', encode(image.convert('1'), 'PPM'), image.convert('1')),
     ('PGM', encode(grey, 'PPM'), grey),
   ]
-  found |= {name: Kind(data, rgb(shown)) for name, data, shown in others}
+  return {name: Kind(data, rgb(shown)) for name, data, shown in others}
+
+
+def _jpegs() -> dict[str, Kind]:
+  image = picture()
+  grey, cmyk, pixels = image.convert('L'), image.convert('CMYK'), rgb(image)
   jpegs = [
     ('JPEG', {}, image),
     ('JPEG 4:4:4', {'subsampling': 0}, image),
@@ -184,8 +208,9 @@ def kinds() -> dict[str, Kind]:
     ('progressive JPEG', {'progressive': True}, image),
     ('progressive CMYK JPEG', {'progressive': True}, cmyk),
     ('JPEG with restarts', {'restart_marker_rows': 1}, image),
-    ('JPEG with EXIF', {'exif': exif}, image),
+    ('JPEG with EXIF', {'exif': _exif()}, image),
   ]
+  found = {}
   for name, options, shown in jpegs:
     found[name] = Kind(encode(shown, 'JPEG', quality=95, **options), rgb(shown), 3)
   two = encode(image, 'MPO', quality=95, save_all=True, append_images=[picture(seed=1)])
@@ -200,9 +225,15 @@ def kinds() -> dict[str, Kind]:
   ramp = 16 * np.arange(16)
   slope = np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], 128), axis=-1).astype(np.uint8)
   found['arithmetic-coded JPEG'] = Kind(_ARITHMETIC, slope, 1)
-  found['WebP'] = Kind(encode(image, 'WEBP', quality=95), pixels, 5)
-  found['WebP with alpha'] = Kind(encode(alpha, 'WEBP', quality=95), pixels, 8)
   return found
+
+
+def _lossy_webps() -> dict[str, Kind]:
+  image, alpha = picture(), _with_alpha()
+  return {
+    'WebP': Kind(encode(image, 'WEBP', quality=95), rgb(image), 5),
+    'WebP with alpha': Kind(encode(alpha, 'WEBP', quality=95), rgb(image), 8),
+  }
 
 
 # ---- small files that would take much memory or time
