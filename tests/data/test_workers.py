@@ -103,7 +103,9 @@ def test_no_memory_has_a_name(streams):
   stream = streams(makers.large, range(LONG), 1)
   next(stream)
   for pid in (os.getpid(), *workers_of(os.getpid())):
-    assert '/dev/shm/' not in pathlib.Path(f'/proc/{pid}/maps').read_text()
+    maps = pathlib.Path(f'/proc/{pid}/maps').read_text().splitlines()
+    # What is deleted has no name any more: a lock of Python's own, made by whatever ran before.
+    assert not [line for line in maps if '/dev/shm/' in line and not line.endswith('(deleted)')]
 
 
 @pytest.mark.fault('worker', 'SIGKILL to a worker', 'another takes its place, equal batches')
