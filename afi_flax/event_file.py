@@ -6,6 +6,7 @@ need. https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/util/
 overwrites its file when a run restarts within the same second.)
 """
 
+import contextlib
 import os
 import socket
 import struct
@@ -20,8 +21,13 @@ class EventFile:
     os.makedirs(folder, exist_ok=True)
     name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'  # read in order of name
     self._file = open(os.path.join(folder, name), 'xb')  # noqa: SIM115 - open as long as the run
-    self._write(0, _message(3, b'brain.Event:2'))  # file_version
-    self._write(purge_step, _message(7, b'\x08\x01'))  # session_log.status = START
+    try:
+      self._write(0, _message(3, b'brain.Event:2'))  # file_version
+      self._write(purge_step, _message(7, b'\x08\x01'))  # session_log.status = START
+    except OSError:  # nobody gets this to close it
+      with contextlib.suppress(OSError):
+        self.close()
+      raise
 
   def add(self, step: int, scalars: dict[str, float]) -> None:
     """Writes one value for each tag."""

@@ -137,6 +137,7 @@ class Reporter:
     start_step: int,
     enabled: bool,
     title: str = '',
+    compiled: bool = False,
   ):
     """Opens a new event file and shows the bar.
 
@@ -148,6 +149,7 @@ class Reporter:
       start_step: the step restored from a checkpoint, or 0.
       enabled: whether this process reports.
       title: what is trained, written over the curves.
+      compiled: whether the training step is compiled already, as after rolling back.
     """
     self._workdir = workdir
     self._total_steps = total_steps
@@ -158,7 +160,7 @@ class Reporter:
     self._title = title
     self.console = Console(enabled)
     self._first_done: tuple[int, float] | None = None  # the first step of this run, and when
-    self._results: list[str] = ['compiling the first step']
+    self._results: list[str] = [] if compiled else ['compiling the first step']
     self._drawing_due = 0.0
     self._undrawn = False
     self._closed = False

@@ -59,7 +59,10 @@ def process_that_differs(text: str) -> int | None:
 
 
 def first_process_says(value: float) -> float:
-  """The first process's value, on all of them. All of them must ask."""
+  """The first process's value, on all of them: a float64, or an int of up to 53 bits, exactly.
+
+  All of them must ask.
+  """
   if jax.process_count() == 1:
     return value
   bits = np.frombuffer(np.float64(value).tobytes(), np.int32)  # JAX would round it to float32

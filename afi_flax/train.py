@@ -158,6 +158,7 @@ class _Training:
       start_step=step,
       enabled=jax.process_index() == 0,
       title=f'{plan.model.name} on {plan.dataset.name}',
+      compiled=self._program is not None,
     )
     self._watch = nonfinite.Watch(plan.run, workdir, step, data_step, self.reporter.say)
     return origin

@@ -84,8 +84,8 @@ def opened(folder):
   """Opens the folder's checkpoints; all are closed at the end."""
   all_of_them = []
 
-  def open_(keep=3):
-    all_of_them.append(Checkpoints(folder, keep))
+  def open_(keep=3, **options):
+    all_of_them.append(Checkpoints(folder, keep, **options))
     return all_of_them[-1]
 
   yield open_
@@ -228,6 +228,14 @@ def test_keeps_the_newest(folder, opened):
   assert checkpoints.steps() == [3, 4]
   assert checkpoints.restore(ABSTRACT)[1] == 4
   assert fill(opened(keep=2), 5).steps() == [4, 5]
+
+
+def test_keeps_the_newest_on_schedule(opened):
+  """Which stops may push out of the newest, but which alone a run rolls back to."""
+  checkpoints = fill(opened(keep=1, on_schedule=lambda step: step % 4 == 0), 4, 5, 6)
+  assert checkpoints.steps() == [4, 6]
+  assert checkpoints.restore(ABSTRACT, on_schedule=True)[1] == 4
+  assert fill(checkpoints, 8).steps() == [8]
 
 
 def test_a_good_step_is_not_written_again(folder, opened):

@@ -13,6 +13,7 @@ from afi_flax.workdir import Workdir
 from tests import watched
 from tests.test_kills import finish, flags
 from tests.test_main import assert_equal_runs
+from tests.test_processes import said
 from tests.watched import SEALED, STEP, Watched
 
 pytestmark = pytest.mark.slow
@@ -27,12 +28,6 @@ def two(tmp_path_factory):
   for run in watched.together(folder / 'marks', 2, *flags(folder / 'run', STEPS)):
     finish(run)
   return folder / 'run'
-
-
-def said(err):
-  """The line with the reason; JAX's own log may go on after it."""
-  (reason,) = (line for line in err.splitlines() if line.startswith('error: '))
-  return reason
 
 
 @pytest.mark.fault(

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from afi_flax import curves, event_file, report
+from afi_flax.errors import FailedError, UserError
 from afi_flax.workdir import Workdir
 
 
@@ -179,6 +180,10 @@ class TestBar:
     ]
     reporter.close()
 
+  def test_after_rolling_back_nothing_is_compiled(self, make, terminal, clock):
+    make(start_step=390, compiled=True)
+    assert terminal.screen()[-1].endswith('390/7800  epoch  1.00')
+
   def test_shows_position_results_and_time_left(self, make, terminal, clock):
     reporter = make()
     for step in range(1, 1001):
@@ -321,6 +326,35 @@ class TestEventFiles:
     assert {step for step, _ in first.scalars} == {100}
     assert {step for step, _ in second.scalars} == {300}
     assert second.purge_step == 201
+
+
+class TestFullDisk:
+  """The device that is always full stands for it."""
+
+  def test_while_it_reports_and_when_it_ends(self, make):
+    reporter = make()
+    full = os.open('/dev/full', os.O_WRONLY)
+    os.dup2(full, reporter._events._file.fileno())
+    os.close(full)
+    with reporter._workdir.open_for_training({}, {}):
+      with pytest.raises(FailedError, match='No space left on device; mend that'):
+        reporter.train(record(100), 0.1)
+      with pytest.raises(FailedError, match='No space left on device; mend that'):
+        reporter.close()  # of what it has not written yet
+    reporter.close()
+
+  def test_when_it_begins(self, make, monkeypatch):
+    on_full_disk = lambda *_: open('/dev/full', 'wb')  # noqa: E731, SIM115
+    monkeypatch.setattr(event_file, 'open', on_full_disk, raising=False)
+    with pytest.raises(UserError, match='No space left on device; mend that'):
+      make()
+
+  def test_when_curves_are_drawn(self, make, tmp_path):
+    reporter = make()
+    reporter.evaluation(record(100, 'test'))
+    (tmp_path / 'curves.png.tmp').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='No space left on device; mend that'):
+      reporter.draw_curves()
 
 
 def test_curves_are_drawn_now_and_then_and_at_the_end(make, clock, monkeypatch):

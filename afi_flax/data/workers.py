@@ -220,7 +220,10 @@ def _receive(connection: socket.socket) -> Any:
   (count,) = struct.unpack('!Q', _receive_bytes(connection, 8))
   lengths = struct.unpack(f'!{count}Q', _receive_bytes(connection, 8 * count))
   pickled, *buffers = [_receive_bytes(connection, length) for length in lengths]
-  return pickle.loads(pickled, buffers=buffers)  # of this very program
+  try:
+    return pickle.loads(pickled, buffers=buffers)  # of this very program
+  except (OSError, EOFError) as error:  # which else would say that the other end is gone
+    raise pickle.UnpicklingError(f'{type(error).__name__}: {error}') from error
 
 
 def _receive_bytes(connection: socket.socket, length: int) -> memoryview:

@@ -43,3 +43,21 @@ def exits(number: int) -> None:
 
 def refuses(number: int) -> None:
   raise UserError(f'number {number} is wrong')
+
+
+class Unreadable:
+  """What can be pickled, but raises the error when it is read."""
+
+  def __init__(self, error: Exception):
+    self._error = error
+
+  def __reduce__(self):
+    return _raise, (self._error,)
+
+
+def _raise(error: Exception) -> None:
+  raise error
+
+
+def unreadable(number: int) -> Unreadable:
+  return Unreadable(ValueError('of no use') if number else EOFError('ran out of input'))

@@ -1,6 +1,7 @@
 """Odd but whole pictures are decoded right; what would take much memory or time is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -124,3 +125,55 @@ def test_all_bombs_together_take_little_memory_and_time(tmp_path, root):
   assert sum(isinstance(one, str) for one in said) == len(BOMBS)
   assert not any('Memory' in one for one in said)
   assert grown < 64 << 20
+
+
+# Prints by a file's name how much more memory its process held at the most while it was decoded.
+MEASURE = """
+import json, pathlib, sys
+from afi_flax.data import decode
+from tests.data.fuzz_decode import memory
+grown = {}
+for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+  data, size = file.read_bytes(), int(sys.argv[2])
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # what was held until now does not count
+  before = memory('VmRSS')
+  decode.crop_resize(data, (0, 0, size, size), 16)
+  grown[file.name] = memory('VmHWM') - before
+print(json.dumps(grown))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
+def test_memory_by_pixels(tmp_path, root):
+  """At most 12 bytes a pixel, of WebP 16, and 10 MiB, as the README says."""
+  size = 1600
+  image = Image.fromarray(rgb(picture(size, size)))
+  alpha, palette, ink = image.convert('RGBA'), image.quantize(64), image.convert('CMYK')
+  alpha.putalpha(image.convert('L'))
+  deep = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
+  for form in ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP'):
+    (tmp_path / form).write_bytes(encode(image, form))
+  for form in ('PNG', 'TIFF', 'WEBP'):
+    (tmp_path / f'{form} with alpha').write_bytes(encode(alpha, form))
+  (tmp_path / 'WEBP lossless').write_bytes(encode(alpha, 'WEBP', lossless=True, method=0))
+  for form in ('JPEG', 'TIFF'):
+    (tmp_path / f'{form} of inks').write_bytes(encode(ink, form))
+  for form in ('PNG', 'GIF'):
+    (tmp_path / f'{form} with a palette').write_bytes(encode(palette, form))
+  for form in ('PNG', 'TIFF'):
+    (tmp_path / f'{form} of 16 bits').write_bytes(encode(deep, form))
+  (tmp_path / 'JPEG progressive').write_bytes(encode(image, 'JPEG', progressive=True))
+  (tmp_path / 'JPEG of inks progressive').write_bytes(encode(ink, 'JPEG', progressive=True))
+  done = subprocess.run(
+    [sys.executable, '-c', MEASURE, str(tmp_path), str(size)],
+    env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536'},  # what is freed is not kept for reuse
+    cwd=root,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  grown = json.loads(done.stdout)
+  print({name: round((most - (10 << 20)) / size**2, 1) for name, most in grown.items()})
+  for name, most in grown.items():
+    assert most <= (16 if 'WEBP' in name else 12) * size**2 + (10 << 20), name

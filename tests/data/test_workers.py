@@ -160,6 +160,18 @@ def test_an_exception_in_a_worker(streams):
   assert 'makers.py' in error.value.__notes__[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('number', 'says'), [(0, 'EOFError: ran out of input'), (1, 'ValueError: of no use')]
+)
+def test_a_batch_that_cannot_be_read_is_an_error(streams, caplog, number, says):
+  """At once, and by the name of its worker; one that is gone is something else."""
+  with pytest.raises(RuntimeError, match=rf'^worker 0 of 1 \(process \d+\): .*{says}') as error:
+    next(streams(makers.unreadable, range(number, 2), 1))
+  assert 'makers.py' in error.value.__notes__[0]
+  assert not caplog.records
+
+
 def test_a_users_mistake_in_a_worker_is_one(streams):
   with pytest.raises(UserError, match=r'^number 0 is wrong$'):
     next(streams(makers.refuses, range(10), 1))
