@@ -32,6 +32,7 @@ _SINCE = {
   'data.eval_image_size': 0,
   'data.lighting': 0.0,
   'data.mixup': 0.0,
+  'data.on_device': False,
   'ema_decay': 0.0,
   'loss.label_smoothing': 0.0,
   'loss.name': 'cross_entropy',
@@ -89,6 +90,7 @@ class Data:
   lighting: float = 0.0
   antialias: bool = True  # of random_resized_crop_flip
   eval_dataset: str = ''  # what is evaluated
+  on_device: bool = False  # whether all of it is kept there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,10 @@ class Run:
   def due_at(self, step: int) -> bool:
     """Whether there is anything to write, save or evaluate after `step`."""
     return step >= self.stop_step or step % self.log_every == 0 or self.saves_at(step)
+
+  def due_in(self, step: int, most: int) -> int:
+    """Steps from `step` to the next one after which something is due; at most so many."""
+    return next((n for n in range(1, most) if self.due_at(step + n)), most)
 
   def evaluates_at(self, step: int) -> bool:
     """Whether `step` is the first one after a multiple of `eval_every`, or the last of the run."""
@@ -368,6 +374,8 @@ def _data(data: ml_collections.ConfigDict) -> Data:
       f'data.antialias False has no meaning for data.augment {data.augment!r}; '
       "use True, or augment='random_resized_crop_flip'"
     )
+  if data.on_device:
+    _on_device(data)
   derived = {
     'eval_resize': data.eval_resize or eval_size,
     'eval_image_size': eval_size,
@@ -375,6 +383,20 @@ def _data(data: ml_collections.ConfigDict) -> Data:
   }
   given = {field.name: data[field.name] for field in dataclasses.fields(Data)}
   return Data(**given | vectors | derived)
+
+
+def _on_device(data: ml_collections.ConfigDict) -> None:
+  """UserError for what is done to pictures on the host alone."""
+  changes = {key: data[key] for key in ('auto_augment', 'lighting') if data[key]}
+  if any(data.color_jitter):
+    changes['color_jitter'] = tuple(data.color_jitter)
+  if data.augment not in augment.IN_MEMORY:
+    changes['augment'] = data.augment
+  for key, value in changes.items():
+    raise UserError(
+      f'data.on_device True: data.{key} {value!r} is done on the host; use on_device=False, or '
+      f'pictures without it'
+    )
 
 
 def _regularisation(config: ml_collections.ConfigDict) -> Regularisation:

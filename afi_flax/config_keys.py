@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
   'data.erasing': float,
   'data.mean': (float,),
   'data.std': (float,),
+  'data.on_device': bool,
   'data.max_unreadable': int,
   'batch_size': int,
   'micro_batches': int,

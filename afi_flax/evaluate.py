@@ -4,20 +4,28 @@ The last batch is padded to the shape of the others and masked, so one compiled 
 number of examples, devices and processes.
 """
 
+import collections
+import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from afi_flax import metrics, report, run, sharding, steps
+from afi_flax import metrics, on_device, report, run, sharding, steps
 from afi_flax.analysis import memory
 from afi_flax.config import Plan, complete
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
+
+Source = sources.Arrays | sources.Encoded
+Compile = Callable[[jax.stages.Wrapped, tuple], jax.stages.Compiled]  # of a step and its arguments
 
 
 class Evaluator:
@@ -33,15 +41,14 @@ class Evaluator:
     data = plan.data
     self.split = _split_name(data.dataset, data.eval_dataset, data.eval_split)
     self._plan, self._mesh = plan, mesh
-    self._source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
-    self._batch_size = plan.padded_eval_batch(mesh.size)
+    source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
+    self._total, self._batch_size = len(source), plan.padded_eval_batch(mesh.size)
     self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
-    run.check_same_data(plan.dataset, len(self._source))
-    self._host_batches().close()  # a size that does not go with the pictures shows now
-    self._step = steps.jit_eval_step(
-      model, plan.data, sharding.replicated(mesh), plan.run.deterministic
-    )
-    self._compiled = None
+    run.check_same_data(plan.dataset, self._total)
+    self._compiling = 0.0  # seconds
+    _host_batches(plan, source, self._batch_size).close()  # what does not go together shows now
+    sums = _SumsOnDevice if data.on_device else _SumsFromHost
+    self._sums = sums(plan, source, self._batch_size, model, mesh, self._compile)
 
   def __call__(
     self,
@@ -60,29 +67,24 @@ class Evaluator:
     Returns:
       `split`, `loss` (nats), `top1` and `top5` (fractions), `examples` and `images_per_second`.
     """
-    start = time.perf_counter()
-    total = len(self._source)
+    before, start = self._compiling, time.perf_counter()
     parts = []
-    batches = pipeline.prefetch(self._host_batches(), self._put)
-    try:
-      for done, batch in enumerate(batches, start=1):
-        if self._compiled is None:
-          before = time.perf_counter()
-          lowered = self._step.lower(variables, batch)
-          self._compiled = memory.compile_or_explain(lowered, memory.EVAL_CURE)
-          memory.check_fits(self._compiled, self._mesh.local_devices, memory.EVAL_CURE)
-          start += time.perf_counter() - before
-        parts.append(self._compiled(variables, batch))
-        if len(parts) > 2:  # not further ahead of the device than the bar should be
-          parts[-3]['examples'].block_until_ready()
-        on_progress(min(done * self._batch_size, total), total)
-        if should_stop(done):
+    with contextlib.closing(self._sums(variables)) as sums:
+      for more in sums:
+        parts += more
+        on_progress(min(len(parts) * self._batch_size, self._total), self._total)
+        if should_stop(len(parts)):
           return None
-    finally:
-      batches.close()
     record = metrics.means(parts)
-    rate = record['examples'] / (time.perf_counter() - start)
-    return {'split': self.split} | record | {'images_per_second': rate}
+    seconds = time.perf_counter() - start - (self._compiling - before)
+    return {'split': self.split} | record | {'images_per_second': record['examples'] / seconds}
+
+  def _compile(self, step: jax.stages.Wrapped, arguments: tuple) -> jax.stages.Compiled:
+    start = time.perf_counter()
+    compiled = memory.compile_or_explain(step.lower(*arguments), memory.EVAL_CURE)
+    memory.check_fits(compiled, self._mesh.local_devices, memory.EVAL_CURE)
+    self._compiling += time.perf_counter() - start
+    return compiled
 
   def _check_classes(self, found: tuple[str, ...]) -> None:
     trained = self._plan.dataset.class_names
@@ -94,21 +96,96 @@ class Evaluator:
         'here; give data of the same classes'
       )
 
-  def _host_batches(self):
-    data = self._plan.data
-    return pipeline.eval_batches(
-      self._source,
-      batch_size=self._batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      image_size=data.eval_image_size,
-      resize=data.eval_resize,
-      workers=self._plan.run.workers,
-      max_unreadable=data.max_unreadable,
+
+class _SumsFromHost:
+  """The sums of each batch of a split, whose batches the host makes."""
+
+  def __init__(
+    self,
+    plan: Plan,
+    source: Source,
+    batch_size: int,
+    model: nn.Module,
+    mesh: Mesh,
+    compile_: Compile,
+  ):
+    self._batches = functools.partial(_host_batches, plan, source, batch_size)
+    self._mesh, self._compile = mesh, compile_
+    whole = sharding.replicated(mesh)
+    self._step = steps.jit_eval_step(model, plan.data, whole, plan.run.deterministic)
+    self._program: jax.stages.Compiled | None = None
+
+  def __call__(self, variables: dict) -> Iterator[list[metrics.Sums]]:
+    """One by one, and not further ahead of the device than the bar should be."""
+    batches = pipeline.prefetch(
+      self._batches(), lambda batch: sharding.put_batch(batch, self._mesh)
+    )
+    ahead = collections.deque()
+    with contextlib.closing(batches):
+      for batch in batches:
+        if self._program is None:
+          self._program = self._compile(self._step, (variables, batch))
+        ahead.append(self._program(variables, batch))
+        if len(ahead) > 2:
+          ahead.popleft()['examples'].block_until_ready()
+        yield [ahead[-1]]
+
+
+class _SumsOnDevice:
+  """The same of a split that the devices hold."""
+
+  def __init__(
+    self,
+    plan: Plan,
+    source: Source,
+    batch_size: int,
+    model: nn.Module,
+    mesh: Mesh,
+    compile_: Compile,
+  ):
+    """Uploads the split; UserError if that cannot be."""
+    self._compile = compile_
+    self._num_batches = -(-len(source) // batch_size)
+    self._pictures = on_device.upload(source, plan.data.eval_split, mesh)
+    step, whole = steps.make_eval_step(model, plan.data), sharding.replicated(mesh)
+    self._chunks = on_device.Chunks(
+      on_device.make_eval_body(step, batch_size, mesh),
+      whole,
+      steps.compiler_options(plan.run.deterministic, mesh.local_devices[0]),
+    )
+    self._zeros = jax.jit(
+      lambda: jax.tree.map(lambda x: jnp.zeros([self._num_batches], x.dtype), metrics.zeros()),
+      out_shardings=whole,
     )
 
-  def _put(self, batch):
-    return sharding.put_batch(batch, self._mesh)
+  def __call__(self, variables: dict) -> Iterator[list[metrics.Sums]]:
+    """Of as many at once as are worth a wait."""
+    sums = self._zeros()
+    if not self._chunks.compiled:
+      self._chunks.compile(self._compile, sums, variables, self._pictures)
+    done = 0
+    while done < self._num_batches:
+      limits = self._chunks.most, self._num_batches - done, sharding.steps_to_agreement(done)
+      count = min(n for n in limits if n is not None)
+      sums = self._chunks(sums, done, count, variables, self._pictures)
+      there = {
+        name: np.asarray(values)[done : done + count].copy() for name, values in sums.items()
+      }
+      yield [{name: there[name][k] for name in there} for k in range(count)]
+      done += count
+
+
+def _host_batches(plan: Plan, source: Source, batch_size: int) -> Iterator[pipeline.Batch]:
+  return pipeline.eval_batches(
+    source,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    image_size=plan.data.eval_image_size,
+    resize=plan.data.eval_resize,
+    workers=plan.run.workers,
+    max_unreadable=plan.data.max_unreadable,
+  )
 
 
 def _split_name(trained_on: str, dataset: str, split: str) -> str:

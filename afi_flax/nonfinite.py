@@ -5,6 +5,7 @@ an update; what is written or saved waits until the count is sure.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable
 
@@ -64,13 +65,18 @@ class Watch:
     """Updates made, if all is well with those that the device has not been seen to finish."""
     return self._settled + len(self._pending)
 
-  def add(self, numbers: jax.Array, examples: jax.Array) -> None:
-    """Another step: f32 [3] as the step returns them, the examples of its batch i32 [B].
+  def add(self, numbers: jax.Array | np.ndarray, examples: Callable[[int], jax.Array]) -> None:
+    """More steps.
+
+    Args:
+      numbers: f32 [n,3], or [3] of one step, as the step returns them.
+      examples: those of the batch of step k of them, i32 [B].
 
     Raises:
       UserError, RollBackError: as `settle`, for a step some time ago.
     """
-    self._pending.append((numbers, examples))
+    rows = [numbers] if numbers.ndim == 1 else numbers
+    self._pending.extend((row, functools.partial(examples, k)) for k, row in enumerate(rows))
     self.settle(MAX_AHEAD)
 
   def settle(self, ahead: int = 0) -> int:
@@ -87,7 +93,7 @@ class Watch:
       if finite:
         self._settled += 1
       else:
-        self._leave_out(loss, norm, examples)
+        self._leave_out(loss, norm, examples())
     return self.step
 
   def _leave_out(self, loss: float, norm: float, examples: jax.Array) -> None:

@@ -5,7 +5,9 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -81,10 +83,8 @@ def load_run(
   folder = Workdir(workdir)
   stored = folder.read_config()
   if config is not None:
-    folder.check_config(
-      config.to_dict(),
-      (*config_lib.MAY_DIFFER, 'data.eval_dataset', 'data.eval_split', 'eval_batch_size'),
-    )
+    of_evaluation = 'data.eval_dataset', 'data.eval_split', 'data.on_device', 'eval_batch_size'
+    folder.check_config(config.to_dict(), (*config_lib.MAY_DIFFER, *of_evaluation))
   config = config or ml_collections.ConfigDict(stored)
   plan = config_lib.resolve(config, dataset=_read_dataset(folder))
   model = models.create_model(**dataclasses.asdict(plan.model))
@@ -165,3 +165,47 @@ def restore(
   if found is None:
     raise UserError(f'no checkpoint in {place}: the run ended before it saved one')
   return found
+
+
+def initial_state(
+  plan: config_lib.Plan,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
+  rolling_back: bool,
+) -> tuple[state_lib.TrainState, str]:
+  """Where a run starts: in its own folder, else by run.resume, by run.init_from, or from scratch.
+
+  Args:
+    plan: of the run.
+    model: of the plan.
+    optimizer: of the plan.
+    mesh: where the state will be.
+    checkpoints: of the run's folder.
+    rolling_back: whether only one that every such run has will do.
+
+  Returns:
+    The state, and in words where it is from.
+  """
+  replicated = sharding.replicated(mesh)
+  size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
+  abstract = state_lib.abstract(model, optimizer, size, replicated, ema)
+  if found := checkpoints.restore(abstract, on_schedule=rolling_back):
+    return found[0], f'resumed at step {found[1]}'
+  if plan.run.resume:
+    state, step = restore(Workdir(plan.run.resume), abstract, 'last')
+    return state, f'goes on from step {step} of {plan.run.resume}'
+  state = state_lib.initialise(model, optimizer, size, plan.seed, replicated, ema)
+  if plan.run.init_from:
+    other = load_run(plan.run.init_from, mesh=mesh)
+    if jax.tree.map(jnp.shape, other.variables) != jax.tree.map(jnp.shape, state.variables):
+      raise UserError(
+        f'run.init_from {plan.run.init_from} holds {other.plan.model.name!r} of '
+        f'{len(other.class_names)} classes; give a run of {plan.model.name!r} of '
+        f'{plan.model.num_classes} classes'
+      )
+    copy = jax.tree.map(jnp.copy, other.variables)  # the step frees params and ema one by one
+    state = state.replace(**other.variables, ema=copy if ema else None)
+    return state, f'starts with the weights of step {other.step} of {plan.run.init_from}'
+  return state, 'starts from scratch'

@@ -6,7 +6,7 @@ there are.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
+_AGREE_EVERY = 8  # steps, since it costs a trip
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -28,14 +29,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-  """The leading axis is divided over the devices: batches."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """This axis, the leading one of a batch, is divided over the devices."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'data'))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's share [b, ...] of every array -> global arrays [B, ...] on the devices."""
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+def put_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
+  """This process's share, [b, ...] for axis 0, of every array -> global arrays on the devices."""
+  how = split(mesh, axis)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(how, x), batch)
+
+
+def put_whole(arrays: PyTree, mesh: Mesh) -> PyTree:
+  """Arrays that are the same in every process -> all of them on every device."""
+  how = replicated(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(how, x), arrays)
+
+
+def share_by_share(function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh) -> Callable:
+  """(whole, split) -> split: each device computes its rows by itself, with all of `whole`."""
+  specs = PartitionSpec(), PartitionSpec('data')
+  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[1])
 
 
 def gather(x: jax.Array) -> np.ndarray:
@@ -46,6 +60,18 @@ def gather(x: jax.Array) -> np.ndarray:
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on any process. All of them must ask."""
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def agree_to_stop(wish: bool, step: int) -> bool:
+  """Whether all processes stop after this step: where one wishes it, a few steps later."""
+  if jax.process_count() == 1:
+    return wish
+  return step % _AGREE_EVERY == 0 and any_process(wish)
+
+
+def steps_to_agreement(step: int) -> int | None:
+  """Steps until `agree_to_stop` may say so; None for a process that is alone."""
+  return None if jax.process_count() == 1 else _AGREE_EVERY - step % _AGREE_EVERY
 
 
 def process_that_differs(text: str) -> int | None:

@@ -3,6 +3,7 @@
 import time
 
 import jax
+import numpy as np
 from absl import logging
 
 from afi_flax import config
@@ -48,12 +49,21 @@ class Trace:
   def __init__(self, folder, num_steps: int):
     self._folder, self._num_steps = folder, num_steps
     self._active = self._done = False
+    self._steps = 0  # of this process
+    self._turns = (10, 10 + num_steps) if num_steps else ()
 
-  def after(self, steps: int, loss: jax.Array) -> None:
-    if self._num_steps and steps in (10, 10 + self._num_steps):
-      loss.block_until_ready()
+  @property
+  def ahead(self) -> int | None:
+    """Steps until it begins or ends; None: it does not any more."""
+    return next((turn - self._steps for turn in self._turns if turn > self._steps), None)
+
+  def after(self, steps: int, numbers: jax.Array | np.ndarray) -> None:
+    """After so many more steps, not past `ahead`, and what they returned."""
+    self._steps += steps
+    if self._steps in self._turns:
+      jax.block_until_ready(numbers)
       self.close()
-      if steps == 10:
+      if self._steps == 10:
         jax.profiler.start_trace(str(self._folder))
         self._active = self._done = True
 

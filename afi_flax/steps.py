@@ -63,6 +63,8 @@ def make_train_step(
       )
     loss, norm = per_example.mean(), optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(batch_stats)
+    # Or XLA's CPU compiler puts the whole of it into the loop of every parameter.
+    finite = jax.lax.optimization_barrier(finite)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
     params = optax.apply_updates(state.params, updates)
@@ -153,32 +155,36 @@ def jit_train_step(
   data: config.Data,
   how: config.Step,
   sharding: jax.sharding.Sharding,
-  remat: str,
   deterministic: bool = False,
 ) -> jax.stages.Wrapped:
   """`make_train_step` as it is run: the state, of that sharding, makes room for the next.
 
-  `remat` and `deterministic` are `model.remat` and `run.deterministic` of the config.
+  `deterministic` is `run.deterministic` of the config.
   """
   (device, *_) = sharding.device_set
   return jax.jit(
     make_train_step(model, optimizer, data, how),
     donate_argnums=0,
     out_shardings=sharding,
-    compiler_options=compiler_options(remat, deterministic, device),
+    compiler_options=compiler_options(deterministic, device),
   )
 
 
-def compiler_options(remat: str, deterministic: bool, device: jax.Device) -> dict[str, str | bool]:
-  """What `jax.jit` needs of a step so that the config's `model.remat` and `run.deterministic` hold.
+def compiler_options(deterministic: bool, device: jax.Device) -> dict[str, str | bool]:
+  """What `jax.jit` needs of a step so that it is fast, and so that `run.deterministic` holds.
 
-  XLA's CPU compiler removes the barriers of `jax.checkpoint` and then merges what is to be computed
-  again with its first computation, which keeps all of it in memory. Its GPU compiler otherwise adds
-  up in the order in which threads happen to come (atomics), and takes of several kernels the one
-  that happens to be faster when it compiles. The CPU and TPUs repeat a step to the bit anyway.
+  XLA's CPU compiler removes barriers, `jax.checkpoint`'s too, before it merges equal computations
+  and fuses what is elementwise; here they stay. And its newer code for convolutions (YNNPACK, the
+  default of jaxlib 0.10) takes twice as long for the gradient of a kernel as its older one (Eigen).
+  The GPU compiler otherwise adds up in the order in which threads happen to come (atomics), and
+  takes of several kernels the one that happens to be faster when it compiles. The CPU and TPUs
+  repeat a step to the bit anyway.
   """
-  if device.platform == 'cpu' and remat != 'none':
-    return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
+  if device.platform == 'cpu':
+    return {
+      'xla_disable_hlo_passes': 'cse_barrier_expander',
+      'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE',
+    }
   if device.platform == 'gpu' and deterministic:
     return {'xla_gpu_deterministic_ops': True}
   return {}
@@ -195,7 +201,7 @@ def jit_eval_step(
   return jax.jit(
     make_eval_step(model, data),
     out_shardings=sharding,
-    compiler_options=compiler_options('none', deterministic, device),
+    compiler_options=compiler_options(deterministic, device),
   )
 
 

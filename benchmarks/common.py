@@ -18,6 +18,11 @@ from afi_flax.models import create_model
 from configs import common as recipes
 
 JSON = flags.DEFINE_string('json', '', 'Where to write the figures.')
+ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each is measured.', lower_bound=1)
+BACKBONES = flags.DEFINE_list('backbones', [], 'Which networks; none: all that are of interest.')
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 0, 'Pictures in a batch; 0: as usual.')
+DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
+DATA_DIR = flags.DEFINE_string('data_dir', '', 'Where the pictures are.')
 STEPS = flags.DEFINE_integer('steps', 20, 'Of those that train: how long.', lower_bound=2)
 
 
@@ -41,9 +46,7 @@ def imagenet_plan(
 def train_program(plan: config.Plan, device: jax.Device) -> memory.Program:
   """The training step of a run."""
   model, optimizer = create_model(**vars(plan.model)), optim.make(plan.optim)
-  return memory.train_program(
-    model, optimizer, plan.data, plan.step, plan.batch_size, [device], plan.model.remat
-  )
+  return memory.train_program(model, optimizer, plan.data, plan.step, plan.batch_size, [device])
 
 
 def eval_program(plan: config.Plan, device: jax.Device) -> memory.Program:

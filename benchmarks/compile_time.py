@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
-from absl import flags
 
 from afi_flax import commands, config, models
 from afi_flax.analysis import cost, tables
@@ -22,10 +21,6 @@ from benchmarks import common
 from configs import common as recipes
 
 BACKBONES = [name for name, entry in models.BACKBONES.items() if entry.image_size == 32]
-_BACKBONES = flags.DEFINE_list(
-  'backbones', BACKBONES, 'Which networks, each plain, with AFI and with AFI-B.'
-)
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'How often each is compiled.', lower_bound=1)
 
 Times = Mapping[str, Sequence[tuple[float, float]]]  # {network: (seconds to trace, to compile)}
 
@@ -108,12 +103,13 @@ def measure(backbones: Sequence[str], rounds: int, path: str) -> list[dict[str, 
 
 def main(_) -> None:
   jax.config.update('jax_enable_compilation_cache', False)
-  for backbone in _BACKBONES.value:  # a mistake shows before the work
+  backbones = common.BACKBONES.value or BACKBONES
+  for backbone in backbones:  # a mistake shows before the work
     for name in forms(backbone):
       models.create_model(name)
   if common.JSON.value:
     tables.check_writable(common.JSON.value)
-  print(f'\n{show(measure(_BACKBONES.value, _ROUNDS.value, common.JSON.value))}')
+  print(f'\n{show(measure(backbones, common.ROUNDS.value, common.JSON.value))}')
 
 
 if __name__ == '__main__':

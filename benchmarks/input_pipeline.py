@@ -31,9 +31,7 @@ from afi_flax.data import augment, decode
 from afi_flax.errors import UserError
 from benchmarks import common
 
-_DATA_DIR = flags.DEFINE_string('data_dir', '', 'Folder with JPEGs.')
 _SIZE = flags.DEFINE_integer('size', 224, 'Pixels of the crop.', lower_bound=1)
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'How often each way is measured.', lower_bound=1)
 _PICTURES = flags.DEFINE_integer('pictures', 500, 'How many of the pictures.', lower_bound=1)
 SUFFIXES = ('.jpg', '.jpeg')
 PACKAGES = (
@@ -219,14 +217,14 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(_) -> None:
-  if not _DATA_DIR.value:
+  if not common.DATA_DIR.value:
     raise UserError('no --data_dir; name a folder that holds JPEGs, at any depth')
   if common.JSON.value:
     tables.check_writable(common.JSON.value)
-  tasks = read_tasks(_DATA_DIR.value, _PICTURES.value)
+  tasks = read_tasks(common.DATA_DIR.value, _PICTURES.value)
   ways = make_ways(tasks, _SIZE.value)
-  rows = summarise(cpu_seconds(ways, _REPEATS.value), levels(ways), len(tasks))
-  print(f'{len(tasks)} JPEGs to {_SIZE.value} pixels, {_REPEATS.value} rounds\n{show(rows)}')
+  rows = summarise(cpu_seconds(ways, common.ROUNDS.value), levels(ways), len(tasks))
+  print(f'{len(tasks)} JPEGs to {_SIZE.value} pixels, {common.ROUNDS.value} rounds\n{show(rows)}')
   if common.JSON.value:
     decoders = {}
     for name in PACKAGES:
@@ -236,7 +234,7 @@ def main(_) -> None:
       common.JSON.value,
       size=_SIZE.value,
       pictures=len(tasks),
-      rounds=_REPEATS.value,
+      rounds=common.ROUNDS.value,
       decoders=decoders,
       rows=rows,
     )

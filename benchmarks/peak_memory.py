@@ -29,9 +29,7 @@ _NETWORKS = flags.DEFINE_list(
 _REMATS = flags.DEFINE_list(
   'remats', ','.join(REMATS), 'For training: which values of model.remat.'
 )
-_BATCH = flags.DEFINE_integer('batch_size', 64, 'Pictures in a batch, of training and inference.')
 _SIZE = flags.DEFINE_integer('image_size', 224, 'Side of the pictures, in pixels.')
-_DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of the computation: float32 or bfloat16.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'Compile for one chip of this TPU: v5e:2x2.')
 
 
@@ -84,26 +82,26 @@ def main(_) -> None:
     if remat not in REMATS:
       raise UserError(f'--remats {remat!r} must be some of {", ".join(REMATS)}')
   device = fit.find_devices(_TOPOLOGY.value)[0]
-  peaks = {}
+  peaks, batch, dtype = {}, common.BATCH_SIZE.value or 64, common.DTYPE.value
   for name in _NETWORKS.value:
     for remat in _REMATS.value:
       if supports(name, remat):
-        plan = common.imagenet_plan(name, remat, _BATCH.value, _SIZE.value, _DTYPE.value)
+        plan = common.imagenet_plan(name, remat, batch, _SIZE.value, dtype)
         peaks[name, remat] = measure(plan, device, training=True)
-    plan = common.imagenet_plan(name, 'none', _BATCH.value, _SIZE.value, _DTYPE.value)
+    plan = common.imagenet_plan(name, 'none', batch, _SIZE.value, dtype)
     peaks[name, 'inference'] = measure(plan, device, training=False)
   target = f'one chip of TPU {_TOPOLOGY.value}' if _TOPOLOGY.value else device.device_kind
   print(
-    f'\nPeak memory, batch {_BATCH.value} of {_SIZE.value} pixels, {_DTYPE.value}, compiled for '
+    f'\nPeak memory, batch {batch} of {_SIZE.value} pixels, {dtype}, compiled for '
     f'{target}\n\n{show(peaks, _NETWORKS.value[0])}'
   )
   if common.JSON.value:
     common.write_json(
       common.JSON.value,
       compiled_for=target,
-      batch_size=_BATCH.value,
+      batch_size=batch,
       image_size=_SIZE.value,
-      dtype=_DTYPE.value,
+      dtype=dtype,
       peak_mib=[
         {'network': name, 'task_or_remat': task, 'mib': round(peak / memory.MIB, 1)}
         for (name, task), peak in peaks.items()

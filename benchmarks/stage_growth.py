@@ -100,7 +100,7 @@ def make_gradient(kind: str, num_blocks: int, remat: str, x: Array) -> tuple[Cal
     return (y**2).mean()
 
   variables = jax.eval_shape(stage.init, jax.random.key(0), x)
-  options = steps.compiler_options(remat, False, jax.devices()[0])
+  options = steps.compiler_options(False, jax.devices()[0])
   gradient = jax.jit(jax.grad(loss), compiler_options=options)
   return gradient, variables['params']
 

@@ -47,6 +47,7 @@ def base() -> ml_collections.ConfigDict:
   config.data.erasing = 0.0  # probability that a rectangle of a picture is erased
   config.data.mean = (0.5, 0.5, 0.5)  # of the channels, in 0..1
   config.data.std = (0.25, 0.25, 0.25)
+  config.data.on_device = False  # True: a set that fits is kept on the devices and augmented there
   config.data.max_unreadable = 100  # pictures that may fail to decode before the run ends
 
   config.batch_size = 64  # over all devices and processes

@@ -13,7 +13,8 @@ LOW = {'errors', 'random_draws'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
 TOP = MIDDLE | {
-  'speed', 'run', 'evaluate', 'train', 'analysis', 'interop', 'commands', 'place', 'processes',
+  'speed', 'on_device', 'feed', 'run', 'evaluate', 'train', 'analysis', 'interop', 'commands',
+  'place', 'processes',
 }  # fmt: skip
 ALLOWED = {
   'errors': set(),
@@ -40,11 +41,13 @@ ALLOWED = {
   'event_file': {'errors'},
   'report': {'errors', 'workdir', 'curves', 'event_file'},
   'run': MIDDLE,
-  'evaluate': MIDDLE | {'run', 'analysis'},
+  'on_device': MIDDLE | {'analysis'},
+  'feed': MIDDLE | {'analysis', 'on_device', 'speed'},
+  'evaluate': MIDDLE | {'run', 'analysis', 'on_device'},
   'analysis': MIDDLE | {'run', 'analysis'},
   'speed': {'config', 'analysis'},
   'nonfinite': {'errors', 'config', 'sharding', 'workdir'},
-  'train': MIDDLE | {'run', 'evaluate', 'analysis', 'speed', 'nonfinite'},
+  'train': MIDDLE | {'run', 'evaluate', 'feed', 'speed', 'nonfinite'},
 }
 # What each room may import from outside, where that is limited; the standard library always.
 OUTSIDE = {

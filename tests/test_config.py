@@ -402,3 +402,15 @@ def test_batch_norm_scope(scope, parts):
   config = load('cifar100_afi_resnet32')
   config.batch_norm.scope = scope
   assert resolve(config, device_count=8).step.batch_norm_parts == parts
+
+
+def test_nothing_that_is_due_is_overstepped():
+  made = load('digits_afi_resnet20')
+  made.run.log_every_steps, made.run.save_every_steps = 7, 10
+  how = resolve(made).run
+  for most in (1, 4, 100):
+    for step in range(60):
+      count = how.due_in(step, most)
+      assert 1 <= count <= most
+      assert not any(how.due_at(n) for n in range(step + 1, step + count))
+      assert count == most or how.due_at(step + count)

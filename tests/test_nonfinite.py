@@ -32,7 +32,7 @@ def watch(folder, policy='skip', limit=3, said=None):
 
 def follow(watch, *steps):
   for number, numbers in enumerate(steps):
-    watch.add(jnp.array(numbers), jnp.arange(number * 4, number * 4 + 4))
+    watch.add(jnp.array(numbers), lambda k, first=number * 4: jnp.arange(first, first + 4))
 
 
 def test_the_count_is_sure_once_the_device_has_been_waited_for(tmp_path):

@@ -85,7 +85,7 @@ def ids(watched: list[Watched]) -> dict[int, list[int]]:
 
 def _watch(folder: str) -> None:
   """Makes the command write its marks into the folder."""
-  from afi_flax import evaluate, processes, train
+  from afi_flax import evaluate, feed, processes
   from afi_flax.checkpoint import Checkpoints
   from afi_flax.workdir import StopSignals
 
@@ -95,13 +95,14 @@ def _watch(folder: str) -> None:
     line = json.dumps({'what': what, 'at': time.time(), **more})
     os.write(file, f'{line}\n'.encode())
 
-  compile_, evaluate_ = train._Training._compile, evaluate.Evaluator.__call__
+  compile_, evaluate_ = feed.compile_step, evaluate.Evaluator.__call__
   save = Checkpoints.save
   seal, enter = Checkpoints._seal, StopSignals.__enter__
 
-  def compile_and_mark(self, batch):
+  def compile_and_mark(plan, mesh, console, step, arguments):
     mark(COMPILE)
-    compiled, step = compile_(self, batch), int(self._state.step)
+    compiled = compile_(plan, mesh, console, step, arguments)
+    step = int(arguments[0].step)
 
     def take_step(state, batch):
       nonlocal step
@@ -130,7 +131,7 @@ def _watch(folder: str) -> None:
     mark(LISTENS)
     return entered
 
-  train._Training._compile = compile_and_mark
+  feed.compile_step = compile_and_mark
   evaluate.Evaluator.__call__ = evaluate_and_mark
   Checkpoints.save, Checkpoints._seal = save_and_mark, seal_and_mark
   StopSignals.__enter__ = listen_and_mark

@@ -101,10 +101,8 @@ def compile_step(plan: config.Plan, devices: Sequence[jax.Device], training: boo
   """
   model = create_model(**vars(plan.model))
   if training:
-    optimizer, remat = optim.make(plan.optim), plan.model.remat
-    program = memory.train_program(
-      model, optimizer, plan.data, plan.step, plan.batch_size, devices, remat
-    )
+    optimizer = optim.make(plan.optim)
+    program = memory.train_program(model, optimizer, plan.data, plan.step, plan.batch_size, devices)
   else:
     batch = plan.padded_eval_batch(len(devices))
     program = memory.eval_program(model, plan.data, batch, devices)

@@ -41,21 +41,19 @@ def train_program(
   how: config.Step,
   batch_size: int,
   devices: Sequence[jax.Device],
-  remat: str = 'none',
 ) -> Program:
   """A training step, as `afi_flax.train` makes it.
 
   Args:
-    model: made with this `remat`.
+    model: made with the plan's `model.remat`.
     optimizer: its state is part of the arguments.
     data: normalisation and picture size.
     how: as in the run's plan.
     batch_size: B, over all devices.
     devices: what to compile for; of a topology that is not there, too.
-    remat: `model.remat` of the config.
   """
   mesh = sharding.make_mesh(devices)
-  step = steps.jit_train_step(model, optimizer, data, how, sharding.replicated(mesh), remat)
+  step = steps.jit_train_step(model, optimizer, data, how, sharding.replicated(mesh))
   regularisation = how.regularisation
   ema = regularisation.ema_decay > 0
   now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh), ema)

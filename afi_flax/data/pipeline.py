@@ -29,6 +29,7 @@ from afi_flax.data import workers as worker_processes
 from afi_flax.errors import UserError, shown
 
 Batch = dict[str, np.ndarray]
+Array = Any  # numpy.ndarray or jax.Array
 
 _TRIES = 16  # pictures tried in a row for one place in a training batch
 _BAD = np.dtype([('example', np.int32), ('reason', 'S100')])  # one that cannot be read; or -1
@@ -94,7 +95,8 @@ def train_batches(
     _check_size(source, image_size)
     starts = itertools.count(data_step * batch_size + process_index * share, batch_size)
     rows = np.arange(share)
-    return (_train_batch(source, start + rows, seed, augment, distortion) for start in starts)
+    orders = (train_order(len(source), seed, start + rows) for start in starts)
+    return (_host_train_batch(source, *order, seed, augment, distortion) for order in orders)
   element = _TrainElement(source, seed, augment, image_size, distortion, antialias)
   mine = slice(data_step * process_count + process_index, None, process_count)
   batches = _encoded_batches(element, _STREAM_END, share, mine, workers)
@@ -148,7 +150,7 @@ def eval_batches(
         f'data.eval_resize {resize}: pictures in memory are not resized; use {image_size}'
       )
     starts = (k * batch_size + process_index * share for k in range(num_batches))
-    return (_eval_batch(source, start + np.arange(share)) for start in starts)
+    return (eval_batch(source, start + np.arange(share)) for start in starts)
   element = _EvalElement(source, resize, image_size)
   positions = num_batches * batch_size
   mine = slice(process_index, None, process_count)
@@ -258,34 +260,65 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # ---- in memory
 
 
-def _train_batch(
+def train_order(n: int, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What stands at these positions (int64) of the training stream of n examples.
+
+  Returns:
+    Epoch and example: i32, of the shape of `position`.
+  """
+  epoch, place = np.divmod(position, n)
+  example = np.empty(position.shape, np.int32)
+  for e in np.unique(epoch):
+    example[epoch == e] = _epoch_order(n, seed, int(e))[place[epoch == e]]
+  return epoch.astype(np.int32), example
+
+
+def train_batch(
+  source: sources.Arrays, epoch: Array, example: Array, seed: int, augment: str
+) -> dict[str, Array]:
+  """The batch of these examples: on the device, and with the same numbers, where the arrays are.
+
+  Args:
+    source: of numpy's or of jax's arrays, as all that is given.
+    epoch: i32 [b].
+    example: i32 [b].
+    seed: of the run.
+    augment: one of `augment.IN_MEMORY`.
+
+  Returns:
+    As `train_batches`.
+  """
+  images = augment_lib.arrays(augment, source.images[example], seed, epoch, example)
+  return {'image': images, 'label': source.labels[example], 'example': example, 'epoch': epoch}
+
+
+def _host_train_batch(
   source: sources.Arrays,
-  position: np.ndarray,
+  epoch: np.ndarray,
+  example: np.ndarray,
   seed: int,
   augment: str,
   distortion: distort.Distortion | None,
 ) -> Batch:
-  """The batch at these positions of the stream: int64 [b]."""
-  n = len(source)
-  epoch, place = np.divmod(position, n)
-  example = np.empty(len(position), np.int32)
-  for e in np.unique(epoch):
-    example[epoch == e] = _epoch_order(n, seed, int(e))[place[epoch == e]]
-  epoch = epoch.astype(np.int32)
-  images = augment_lib.arrays(augment, source.images[example], seed, epoch, example)
+  batch = train_batch(source, epoch, example, seed, augment)
   if distortion:
-    rows = zip(images, epoch.tolist(), example.tolist(), strict=True)
-    images = np.stack([distortion(image, seed, e, i) for image, e, i in rows])
-  return {'image': images, 'label': source.labels[example], 'example': example, 'epoch': epoch}
+    rows = zip(batch['image'], epoch.tolist(), example.tolist(), strict=True)
+    batch['image'] = np.stack([distortion(image, seed, e, i) for image, e, i in rows])
+  return batch
 
 
-def _eval_batch(source: sources.Arrays, position: np.ndarray) -> Batch:
+def eval_batch(source: sources.Arrays, position: Array) -> dict[str, Array]:
+  """The examples at these positions [b], those past the end masked; of numpy's or jax's arrays.
+
+  Returns:
+    As `eval_batches`.
+  """
   real = position < len(source)
-  at = np.where(real, position, 0)
+  at = position * real
   return {
     'image': source.images[at] * real[:, None, None, None],
     'label': source.labels[at] * real,
-    'example': np.where(real, position, -1).astype(np.int32),
+    'example': (at - ~real).astype(np.int32),
     'mask': real.astype(np.float32),
   }
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from afi_flax.errors import UserError
+from afi_flax.models import grouped_conv
 from afi_flax.models.attention import mlp
-from afi_flax.models.layers import global_average
+from afi_flax.models.layers import global_average, settled
 
 Array = jax.Array
 Attention = Callable[..., nn.Module]  # makes a module of `attention.py`, given its name
@@ -256,6 +257,7 @@ def run_stage(
     block = make_block(k, fusion if k > 0 else None)
     more = () if keep is None else (keep[:, k],)
     x, made = _rematted(remat, train)(block, x, features, *more)
+    x = settled(x)
     if fusion is not None and k + 1 < num_blocks:
       made = fit(made, x.shape[1:3], fusion.own_channels(width))
       features = (features or Features.room_for(num_blocks - 1, made)).add(made)
@@ -281,6 +283,8 @@ def _rematted(remat: str, train: bool) -> Callable:
   return nn.remat(call, policy=_is_reduction if remat == 'fusion' else None)
 
 
-def _is_reduction(primitive, *_, **__) -> bool:
+def _is_reduction(primitive, *_, **options) -> bool:
   """Whether every number of the result is made of many: costly to make again."""
+  if primitive.name == 'name':
+    return options['name'] == grouped_conv.NAME
   return primitive.name in ('conv_general_dilated', 'dot_general', 'reduce_sum', 'reduce_max')

@@ -6,13 +6,14 @@ one (divided by n, as in Flax; PyTorch keeps the unbiased one in its running var
 Dense: uniform within 1 / sqrt(fan in).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from afi_flax.models.grouped_conv import grouped_conv
 
 Array = jax.Array
 Dtype = Any
@@ -106,64 +107,24 @@ def conv(
 def _conv_general_dilated(
   x: Array, kernel: Array, window_strides: Sequence[int], padding, *, feature_group_count, **options
 ) -> Array:
-  """`jax.lax.conv_general_dilated` as `nn.Conv` calls it, with our gradient where it has groups."""
-  if feature_group_count == 1 or kernel.shape[2] == 1:
-    return jax.lax.conv_general_dilated(
-      x, kernel, window_strides, padding, feature_group_count=feature_group_count, **options
-    )
-  return grouped_conv(x, kernel, window_strides[0], kernel.shape[0] // 2, feature_group_count)
+  """`jax.lax.conv_general_dilated` as `nn.Conv` calls it; of groups, `grouped_conv`."""
+  x = settled(x)
+  if feature_group_count == 1:
+    y = jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+  else:
+    y = grouped_conv(x, kernel, window_strides[0], kernel.shape[0] // 2, feature_group_count)
+  return settled(y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def grouped_conv(x: Array, kernel: Array, strides: int, pad: int, groups: int) -> Array:
-  """A square convolution of channel groups: x [B,H,W,g*i], kernel [k,k,i,g*o] -> [B,H',W',g*o].
+def settled(x: Array) -> Array:
+  """x, which XLA's CPU compiler then makes once, wherever it is read; elsewhere just x.
 
-  Padded by `pad` on all sides; undilated, of default precision, with reverse-mode derivatives only.
-  On the CPU, XLA takes seconds for the kernel's gradient where a group has several inputs; there it
-  is a matrix product for each of the k * k shifts, a hundred times faster and the same sum.
+  It would make what is elementwise again for each of its readers: the whole chain of additions up
+  to a block for each reader of the block's output, and, once for every gradient of a kernel,
+  in an order of memory that takes ten times as long. Others fuse such work into convolutions.
+  It needs the options of `steps.compiler_options`.
   """
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (strides, strides),
-    ((pad, pad), (pad, pad)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=groups,
-  )
-
-
-def _grouped_forward(x, kernel, strides, pad, groups):
-  # Not `grouped_conv` itself: `jax.checkpoint` would not see a convolution, and compute it again.
-  return grouped_conv.fun(x, kernel, strides, pad, groups), (x, kernel)
-
-
-def _grouped_backward(strides, pad, groups, saved, gradient):
-  x, kernel = saved
-  plain = functools.partial(grouped_conv.fun, strides=strides, pad=pad, groups=groups)
-  (of_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(gradient)
-
-  def by_shifts(x, gradient):
-    side, outputs = kernel.shape[0], kernel.shape[3] // groups
-    height, width = gradient.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    padded = padded.reshape(*padded.shape[:3], groups, -1)
-    gradient = gradient.reshape(*gradient.shape[:3], groups, outputs)
-    shifts = [
-      padded[:, u : u + strides * height : strides, v : v + strides * width : strides]
-      for u in range(side)
-      for v in range(side)
-    ]
-    products = [jnp.einsum('bhwgi,bhwgo->igo', shift, gradient) for shift in shifts]
-    return jnp.stack(products).reshape(kernel.shape)
-
-  def by_convolution(x, gradient):
-    return jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(gradient)[0]
-
-  of_kernel = jax.lax.platform_dependent(x, gradient, cpu=by_shifts, default=by_convolution)
-  return of_x, of_kernel
-
-
-grouped_conv.defvjp(_grouped_forward, _grouped_backward)
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 class BatchNorm(nn.Module):

@@ -63,6 +63,8 @@ def products(jaxpr):
       (contracted, _), _ = equation.params['dimension_numbers']
       depth = functools.reduce(int.__mul__, (shapes[0][i] for i in contracted))
       yield equation.outvars[0].aval.size * depth
+    if 'branches' in equation.params:  # one for each platform, the last for all others
+      yield from products(equation.params['branches'][-1].jaxpr)
     for parameter in equation.params.values():
       if hasattr(parameter, 'jaxpr'):
         yield from products(parameter.jaxpr)

@@ -95,7 +95,7 @@ def test_medians_and_ratios_of_the_same_round():
 
 def test_writes_what_it_prints(folder, tmp_path, capsys):
   path = tmp_path / 'speed.json'
-  flags.FLAGS(['', f'--data_dir={folder}', '--size=16', '--repeats=1', f'--json={path}'])
+  flags.FLAGS(['', f'--data_dir={folder}', '--size=16', '--rounds=1', f'--json={path}'])
   input_pipeline.main(None)
   written = json.loads(path.read_text())
   assert (written['size'], written['pictures'], written['rounds']) == (16, 4, 1)

@@ -262,7 +262,7 @@ def gradients(remat):
     )
     return (logits**2).mean(), updated
 
-  options = steps.compiler_options(remat, False, jax.devices()[0])
+  options = steps.compiler_options(False, jax.devices()[0])
   compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
   return compiled.lower(variables['params']).compile(), variables['params']
 

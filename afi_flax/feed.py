@@ -1,0 +1,234 @@
+"""Where training steps get their batches: from the host, one by one, or on the devices."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from afi_flax import config, on_device, report, sharding, speed, steps
+from afi_flax.analysis import memory
+from afi_flax.data import distort, pipeline, sources
+from afi_flax.state import TrainState
+
+Source = sources.Arrays | sources.Encoded
+
+
+class Taken(NamedTuple):
+  """What some training steps came to."""
+
+  state: TrainState  # after them
+  numbers: jax.Array | np.ndarray  # f32 [n,3], or [3] of one step, as the step returns them
+  examples: Callable[[int], jax.Array]  # of the batch of step k of them: i32 [B]
+  count: int = 1  # n
+
+
+class HostFeed:
+  """Training steps on batches that the host makes, a few ahead of the devices.
+
+  Attributes:
+    most: steps that can be taken at once.
+  """
+
+  most = 1
+
+  def __init__(
+    self,
+    plan: config.Plan,
+    source: Source,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    clock: speed.Clock,
+    give_up: Callable[[], bool],
+  ):
+    """Opens nothing; UserError if the pictures do not go with the plan.
+
+    Args:
+      plan: of the run.
+      source: of the training split.
+      model: of the plan.
+      optimizer: of the plan.
+      mesh: of the devices.
+      clock: goes from the first step on, until someone pauses it; gets the steps that are made.
+      give_up: asked while there is no batch; where it says so, there will be none.
+    """
+    self._plan, self._source, self._mesh = plan, source, mesh
+    self._clock, self._give_up = clock, give_up
+    _host_batches(plan, source, data_step=0).close()
+    self._step = steps.jit_train_step(
+      model,
+      optimizer,
+      plan.data,
+      plan.step,
+      sharding.replicated(mesh),
+      plan.run.deterministic,
+    )
+    self._program: jax.stages.Compiled | None = None
+    self._batches: Iterator[steps.Batch] = iter(())
+
+  @property
+  def compiled(self) -> bool:
+    """Whether there is a program."""
+    return self._program is not None
+
+  @contextlib.contextmanager
+  def begun(self, data_step: int) -> Iterator[None]:
+    """While entered, `take` goes on from that batch."""
+    batches = pipeline.prefetch(
+      _host_batches(self._plan, self._source, data_step),
+      lambda batch: sharding.put_batch(batch, self._mesh),
+      give_up=self._give_up,
+    )
+    with contextlib.closing(batches) as self._batches:
+      yield
+
+  def take(self, state: TrainState, count: int, console: report.Console) -> Taken | None:
+    """Makes steps, without waiting for the devices; None if `give_up` says so.
+
+    Args:
+      state: before them; donated.
+      count: how many, 1 to `most`.
+      console: told of the compilation before the first.
+    """
+    if self._program is not None:
+      self._clock.resume()  # a wait for data is part of the speed
+    batch = next(self._batches, None)
+    if batch is None:
+      return None
+    if self._program is None:
+      self._program = compile_step(self._plan, self._mesh, console, self._step, (state, batch))
+      self._clock.resume()
+    state, numbers = self._program(state, batch)
+    self._clock.steps += 1
+    return Taken(state, numbers, lambda k: batch['example'])
+
+
+class DeviceFeed:
+  """Training steps on a data set that the devices hold; its methods are those of `HostFeed`."""
+
+  def __init__(
+    self,
+    plan: config.Plan,
+    source: Source,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    clock: speed.Clock,
+  ):
+    """Uploads the split; UserError if that cannot be."""
+    self._plan, self._mesh, self._clock = plan, mesh, clock
+    self._num_examples = len(source)
+    _host_batches(plan, source, data_step=0).close()
+    self._pictures = on_device.upload(source, plan.data.train_split, mesh)
+    step = steps.make_train_step(model, optimizer, plan.data, plan.step)
+    whole = sharding.replicated(mesh)
+    (device, *_) = mesh.local_devices
+    self._chunks = on_device.Chunks(
+      on_device.make_train_body(step, plan.seed, plan.data.augment, mesh),
+      whole,
+      steps.compiler_options(plan.run.deterministic, device),
+    )
+    zeros = jax.jit(lambda: jnp.zeros([on_device.WINDOW, 3]), out_shardings=whole)
+    self._numbers = zeros()
+    self._data_step, self._window, self._order = 0, -1, None
+
+  @property
+  def compiled(self) -> bool:
+    """As the other feed's."""
+    return self._chunks.compiled
+
+  @contextlib.contextmanager
+  def begun(self, data_step: int) -> Iterator[None]:
+    """As the other feed's."""
+    self._data_step = data_step
+    yield
+
+  @property
+  def most(self) -> int:
+    """Steps that can be taken at once."""
+    return min(on_device.WINDOW - self._data_step % on_device.WINDOW, self._chunks.most)
+
+  def take(self, state: TrainState, count: int, console: report.Console) -> Taken:
+    """As the other feed's, but waits for them."""
+    window, first = divmod(self._data_step, on_device.WINDOW)
+    if window != self._window:
+      self._window = window
+      self._order = on_device.send_order(
+        self._num_examples, self._plan.seed, self._plan.batch_size, window, self._mesh
+      )
+    inputs = self._pictures, self._order
+    if not self._chunks.compiled:
+      compile_ = functools.partial(
+        compile_step, self._plan, self._mesh, console, data_set=self._pictures
+      )
+      self._chunks.compile(compile_, (state, self._numbers), *inputs)
+    self._clock.resume()
+    state, self._numbers = self._chunks((state, self._numbers), first, count, *inputs)
+    self._clock.steps += count
+    self._data_step += count
+    _, example = self._order
+    numbers = np.asarray(self._numbers)[first : first + count].copy()  # they will be overwritten
+    return Taken(state, numbers, lambda k: example[first + k], count)
+
+
+def compile_step(
+  plan: config.Plan,
+  mesh: Mesh,
+  console: report.Console,
+  step: jax.stages.Wrapped,
+  arguments: tuple,
+  data_set: Sequence[jax.Array] = (),
+) -> jax.stages.Compiled:
+  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
+
+  Says what memory the step needs, or raises UserError if a device has less.
+
+  Args:
+    plan: of the run.
+    mesh: of the devices.
+    console: what it is said on.
+    step: to compile.
+    arguments: like those of the calls to come.
+    data_set: those of them, or parts of them, that are a whole data set.
+  """
+  start = time.perf_counter()
+  if not console.has_bar:
+    console.say('Compiling the training step ...')
+  cure = memory.train_cure(plan, mesh.size)
+  share = ''
+  if data_set:
+    cure += ', or --config.data.on_device=False'
+    size = sum(x.nbytes for x in data_set) / memory.MIB
+    share = f', of which the data set {size:,.0f} MiB'
+  compiled = memory.compile_or_explain(step.lower(*arguments), cure)
+  needs = memory.check_fits(compiled, mesh.local_devices, cure)
+  seconds = time.perf_counter() - start
+  console.say(f'Compiled the training step in {seconds:.1f} s; it needs {needs} of memory{share}.')
+  return compiled
+
+
+def _host_batches(plan: config.Plan, source: Source, data_step: int) -> Iterator[pipeline.Batch]:
+  return pipeline.train_batches(
+    source,
+    seed=plan.seed,
+    data_step=data_step,
+    batch_size=plan.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    augment=plan.data.augment,
+    antialias=plan.data.antialias,
+    distortion=distort.make(
+      plan.data.auto_augment, plan.data.color_jitter, plan.data.lighting, plan.data.mean
+    ),
+    image_size=plan.data.image_size,
+    workers=plan.run.workers,
+    max_unreadable=plan.data.max_unreadable,
+  )
