@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all faults parity lint help
+.PHONY: quickstart test test-all faults parity bench-setup lint help
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-all    all tests'
 	@echo 'make faults      every fault for real, kills and damage and worse, and a table of how each ended'
 	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
+	@echo 'make bench-setup that environment alone: what the benchmarks compare with'
 	@echo 'make lint        ruff'
 
 quickstart: $(VENV)/installed
@@ -25,8 +26,10 @@ test-all: $(VENV)/installed-test
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault
 
-parity:
+bench-setup:
 	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity
+
+parity: bench-setup
 	.venv-parity/bin/python -m pytest -n 2 -m parity tests
 
 lint: $(VENV)/installed-test
