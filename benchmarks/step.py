@@ -148,8 +148,8 @@ def measure(
   for name in names:
     for mode in MODES:
       ms, one = took[name, mode], ours[name]
-      theirs = {key[2]: value for key, value in took.items() if key[:2] == ('torch', mode)}
-      layout = min(theirs, key=theirs.get) if theirs and name == backbone else None
+      theirs = _theirs(took, mode) if name == backbone else {}
+      layout = min(theirs, key=theirs.get, default=None)
       limit = 1000 * limits.seconds(one.flops(mode), one.accessed(mode))
       rows.append(
         {
@@ -159,7 +159,7 @@ def measure(
           'batch_size': one.plan.batch_size,
           'dtype': dtype,
           'ms': round(ms, 3),
-          'torch_ms': round(theirs[layout], 3) if layout else None,
+          'torch_ms': theirs[layout] if layout else None,
           'ratio_to_torch': round(theirs[layout] / ms, 3) if layout else None,
           'ratio_to_plain': round(ms / took[names[0], mode], 3),
           'flops_ratio_to_plain': round(one.paper_flops() / ours[names[0]].paper_flops(), 3),
@@ -168,10 +168,16 @@ def measure(
           'mib_moved': round(one.accessed(mode) / 2**20, 1),
           'roofline': round(limit / ms, 3),
           'torch_layout': layout,
+          'torch_ms_by_layout': theirs or None,
           'rounds': rounds,
         }
       )
   return rows
+
+
+def _theirs(took: Mapping[tuple, float], mode: str) -> dict[str, float]:
+  """{layout: milliseconds of PyTorch's step}."""
+  return {key[2]: round(ms, 3) for key, ms in took.items() if key[:2] == ('torch', mode)}
 
 
 def _peers(backbone: str, plan: config.Plan, dtype: str) -> dict[tuple, Call]:

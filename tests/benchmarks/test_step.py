@@ -50,6 +50,7 @@ def test_a_row_for_each_network_and_mode(rows):
   train, eval_, afi, _ = rows
   assert train['ratio_to_torch'] == 0.75  # speeds: 30 ms over 40
   assert train['torch_layout'] == 'channels_last'
+  assert train['torch_ms_by_layout'] == {'contiguous': 50.0, 'channels_last': 30.0}
   assert (eval_['ratio_to_torch'], eval_['torch_layout']) == (0.8, 'contiguous')
   assert afi['torch_ms'] is None, 'PyTorch has the plain network only'
   assert (train['ratio_to_plain'], afi['ratio_to_plain']) == (1.0, 0.9)
