@@ -27,11 +27,15 @@ class Training:
 
   Attributes:
     peak: bytes that the step needs.
+    compile_seconds: that tracing and compiling it took.
   """
 
   def __init__(self, plan: config.Plan):
     device = jax.devices()[0]
-    self._step = common.train_program(plan, device).lower().compile()
+    program = common.train_program(plan, device)
+    start = time.perf_counter()
+    self._step = program.lower().compile()
+    self.compile_seconds = time.perf_counter() - start
     self.peak = memory.peak_bytes(self._step)
     mesh = sharding.make_mesh([device])
     self._state = state.initialise(
