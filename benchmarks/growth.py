@@ -233,7 +233,7 @@ def _draw_depth(axes, rows, found: Fit) -> None:
 
 def _draw_batch(axes, rows) -> None:
   (first, *_) = sorted({row['batch_size'] for row in rows})
-  plots.style(axes, f'a picture against the batch; 1: plain at {first}')
+  plots.style(axes, f'a picture, as a share of the plain network at {first}')
   base = next(row for row in rows if row['batch_size'] == first)
   for name, colour in zip(
     dict.fromkeys(row['network'] for row in rows), plots.COLOURS, strict=False
@@ -273,7 +273,7 @@ def _finish(axes, ticks: Sequence[int], label: str) -> None:
   axes.set_xticks(ticks, map(str, ticks))
   axes.minorticks_off()
   axes.set_xlabel(label, fontsize=9, color='#333333')
-  axes.legend(frameon=False, fontsize=7)
+  axes.legend(frameon=False, fontsize=7, handlelength=3.5)
 
 
 def main(_) -> None:
