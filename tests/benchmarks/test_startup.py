@@ -46,7 +46,6 @@ def test_lines_that_tell_what_is_over():
 
 @pytest.mark.slow
 def test_command(tmp_path):
-  """A second start takes its program from the cache, and so does jax alone."""
   recipe = 'configs/cifar100_resnet32.py:smoke'
   command = f'-m benchmarks.startup --recipes={recipe} --rounds=1 --json={tmp_path}/a.json'
   subprocess.run([sys.executable, *command.split()], check=True)
@@ -55,8 +54,6 @@ def test_command(tmp_path):
     assert list(row['phases']) == list(startup.OURS)
     assert list(row['jax_phases']) == list(startup.JAX)
     assert sum(row['phases'].values()) == pytest.approx(row['seconds'], abs=0.1)
-  assert warm['phases']['compile'] < cold['phases']['compile']
-  assert warm['jax_phases']['compile'] < cold['jax_phases']['compile']
 
 
 @pytest.mark.slow
