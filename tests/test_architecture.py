@@ -55,7 +55,7 @@ OUTSIDE = {
   'errors': set(),
   'random_draws': {'numpy'},
   'data': {
-    'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'grain', 'tensorflow_datasets',
+    'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'tensorflow_datasets',
   },
 }  # fmt: skip
 

@@ -4,11 +4,11 @@ Example n of the training stream is position n mod N of epoch n div N, in that e
 of the split's N examples. Global batch k is examples k*B to (k+1)*B; process p of P gets rows
 [p*b, (p+1)*b) of it, b = B/P. So a run resumes at any batch at once, and neither processes nor
 workers change what it sees. Small sets are batched in memory; encoded pictures are decoded in
-grain's threads or in worker processes.
-
-grain imports jax where it is installed (it starts no backend); nothing else here does.
+threads or in worker processes.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from afi_flax import random_draws
 from afi_flax.data import augment as augment_lib
@@ -431,18 +431,18 @@ def _encoded_batches(
 
 
 def _in_threads(make: _EncodedBatch, numbers: range) -> Iterator[Batch]:
-  import grain  # slow to import, and only large sets need it
-
-  if not flags.FLAGS.is_parsed():  # grain looks at its own
-    flags.FLAGS.mark_as_parsed()
+  """In order, one for each thread ahead."""
   threads = max(2, min(16, os.cpu_count() or 2))  # each holds a batch
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  dataset = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(make)
-  iterator = iter(dataset.to_iter_dataset(options))
+  pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='decode')
+  waiting = iter(numbers)
+  ahead = collections.deque(pool.submit(make, n) for n in itertools.islice(waiting, threads))
   try:
-    yield from iterator
+    while ahead:
+      first = ahead.popleft()
+      ahead.extend(pool.submit(make, n) for n in itertools.islice(waiting, 1))
+      yield first.result()
   finally:
-    iterator.close()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _drop_bad(
