@@ -26,16 +26,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     _end(error.status)
   except KeyboardInterrupt:
     print('interrupted: what was not saved is lost', file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    _end(INTERRUPTED)
   except StoppedError as stopped:
     print(stopped, file=sys.stderr)
-    sys.exit(stopped.status)
+    _end(stopped.status)
 
 
 def _end(status: int) -> None:
   """Ends the process, also where threads are left, for which Python would wait.
 
-  Those of a save that failed to begin, Orbax lets wait for many minutes.
+  Those of a save that failed to begin, Orbax lets wait for many minutes; and a step may still be
+  compiled in one.
   """
   if all(t.daemon or t is threading.main_thread() for t in threading.enumerate()):
     sys.exit(status)
@@ -62,7 +63,7 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     if "flag 'config." in str(error) and not _config_file(argv):
       raise UserError(f"{error} without --config; give the run's whole command again") from error
-    raise UserError(f'{error}; see --help') from error
+    raise _config_flag(error) or UserError(f'{error}; see --help') from error
   except (AttributeError, KeyError) as error:  # of ml_collections: the config has no such key
     if "no attribute 'get_config'" in str(error):
       raise UserError(f'{_config_file(argv)} has no get_config(): it is no config') from error
@@ -81,6 +82,25 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _asks_for_help(argv: list[str]) -> bool:
   return any(arg.lstrip('-') in ('help', 'helpshort', 'helpfull', '?') for arg in argv[1:])
+
+
+def _config_flag(error: flags.Error) -> UserError | None:
+  """What is wrong with a flag that sets a key of the config, or that was meant to."""
+  from flax.traverse_util import flatten_dict  # some commands do without Flax, which is slow
+
+  config = 'config' in flags.FLAGS and flags.FLAGS['config'].value
+  keys = flatten_dict(config.to_dict(), sep='.') if config else {}
+  if isinstance(error, flags.UnrecognizedFlagError):
+    given = error.flagname
+    meant = [key for key in keys if f'.{key}'.endswith(f'.{given}')]
+    names = ' or '.join(f'--config.{key}' for key in meant)
+    return UserError(f'unknown flag --{given}; did you mean {names}?') if meant else None
+  bad = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error))
+  if not bad or bad[1] not in keys:
+    return None
+  now = keys[bad[1]]
+  kind = {bool: 'True or False', int: 'a whole number', float: 'a number'}.get(type(now), 'text')
+  return UserError(f'{bad[1]} {bad[2]!r} must be {kind}, such as {now!r}')
 
 
 def _unknown_key(argv: list[str], error: Exception) -> UserError | None:

@@ -5,8 +5,8 @@
   python -m afi_flax.cost --config configs/cifar100_afi_resnet32.py:stages=1
   python -m afi_flax.cost --paper --json FILE             Tables 2, 4, 5, 6, and where we disagree
 
-Shapes only are computed, so this takes seconds on any machine; Table 6, which is about memory,
-compiles four programs, which takes a minute.
+Shapes only are computed, so this takes a second for most networks on any machine, and a minute for
+all 701 of them; Table 6, which is about memory, compiles four programs, which takes a minute.
 
 In the files of --json and --csv, whole numbers for one picture: parameters; macs, the
 multiply-accumulates; paper_flops, the operations that the paper counts, which its tables, and the
@@ -34,7 +34,7 @@ _CLASSES = flags.DEFINE_integer(
 _JSON = flags.DEFINE_string(
   'json', None, 'Write the rows to this file too, in the units that are given above.'
 )
-_CSV = flags.DEFINE_string('csv', None, 'The same as CSV.')
+_CSV = flags.DEFINE_string('csv', None, 'Write the same rows to this file, as CSV.')
 
 
 def main(_) -> None:

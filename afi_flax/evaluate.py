@@ -25,7 +25,7 @@ from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 
 Source = sources.Arrays | sources.Encoded
-Compile = Callable[[jax.stages.Wrapped, tuple], jax.stages.Compiled]  # of a step and its arguments
+Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
 
 
 class Evaluator:
@@ -79,9 +79,9 @@ class Evaluator:
     seconds = time.perf_counter() - start - (self._compiling - before)
     return {'split': self.split} | record | {'images_per_second': record['examples'] / seconds}
 
-  def _compile(self, step: jax.stages.Wrapped, arguments: tuple) -> jax.stages.Compiled:
+  def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     start = time.perf_counter()
-    compiled = memory.compile_or_explain(step.lower(*arguments), memory.EVAL_CURE)
+    compiled = memory.compile_or_explain(lowered, memory.EVAL_CURE)
     memory.check_fits(compiled, self._mesh.local_devices, memory.EVAL_CURE)
     self._compiling += time.perf_counter() - start
     return compiled
@@ -124,7 +124,7 @@ class _SumsFromHost:
     with contextlib.closing(batches):
       for batch in batches:
         if self._program is None:
-          self._program = self._compile(self._step, (variables, batch))
+          self._program = self._compile(self._step.lower(variables, batch))
         ahead.append(self._program(variables, batch))
         if len(ahead) > 2:
           ahead.popleft()['examples'].block_until_ready()
@@ -161,8 +161,9 @@ class _SumsOnDevice:
   def __call__(self, variables: dict) -> Iterator[list[metrics.Sums]]:
     """Of as many at once as are worth a wait."""
     sums = self._zeros()
-    if not self._chunks.compiled:
-      self._chunks.compile(self._compile, sums, variables, self._pictures)
+    if self._chunks.program is None:
+      arguments = self._chunks.arguments(sums, variables, self._pictures)
+      self._chunks.program = self._compile(self._chunks.step.lower(*arguments))
     done = 0
     while done < self._num_batches:
       limits = self._chunks.most, self._num_batches - done, sharding.steps_to_agreement(done)

@@ -1,9 +1,9 @@
 """Where training steps get their batches: from the host, one by one, or on the devices."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,13 @@ from afi_flax.data import distort, pipeline, sources
 from afi_flax.state import TrainState
 
 Source = sources.Arrays | sources.Encoded
+
+
+class Compiled(NamedTuple):
+  """A training step, ready to be run."""
+
+  program: Callable
+  says: str  # how long that took, and what memory it needs
 
 
 class Taken(NamedTuple):
@@ -71,13 +78,19 @@ class HostFeed:
       sharding.replicated(mesh),
       plan.run.deterministic,
     )
-    self._program: jax.stages.Compiled | None = None
+    self._compiling: Future[Compiled] | None = None
+    self._program: Callable | None = None
     self._batches: Iterator[steps.Batch] = iter(())
 
   @property
   def compiled(self) -> bool:
     """Whether there is a program."""
     return self._program is not None
+
+  def compile(self, state: TrainState) -> None:
+    """Begins to compile for states like this one, of arrays or of their shapes."""
+    batch = memory.train_batch(self._plan.data.image_size, self._plan.batch_size, self._mesh)
+    self._compiling = compile_step(self._plan, self._mesh, self._step, (state, batch))
 
   @contextlib.contextmanager
   def begun(self, data_step: int) -> Iterator[None]:
@@ -97,6 +110,9 @@ class HostFeed:
       state: before them; donated.
       count: how many, 1 to `most`.
       console: told of the compilation before the first.
+
+    Raises:
+      UserError: a device has less memory than the step needs.
     """
     if self._program is not None:
       self._clock.resume()  # a wait for data is part of the speed
@@ -104,7 +120,9 @@ class HostFeed:
     if batch is None:
       return None
     if self._program is None:
-      self._program = compile_step(self._plan, self._mesh, console, self._step, (state, batch))
+      if self._compiling is None:
+        self.compile(state)
+      self._program = _wait(self._compiling, console)
       self._clock.resume()
     state, numbers = self._program(state, batch)
     self._clock.steps += 1
@@ -139,11 +157,20 @@ class DeviceFeed:
     zeros = jax.jit(lambda: jnp.zeros([on_device.WINDOW, 3]), out_shardings=whole)
     self._numbers = zeros()
     self._data_step, self._window, self._order = 0, -1, None
+    self._compiling: Future[Compiled] | None = None
 
   @property
   def compiled(self) -> bool:
     """As the other feed's."""
-    return self._chunks.compiled
+    return self._chunks.program is not None
+
+  def compile(self, state: TrainState) -> None:
+    """As the other feed's."""
+    order = on_device.order_shapes(self._plan.batch_size, self._mesh)
+    arguments = self._chunks.arguments((state, self._numbers), self._pictures, order)
+    self._compiling = compile_step(
+      self._plan, self._mesh, self._chunks.step, arguments, data_set=self._pictures
+    )
 
   @contextlib.contextmanager
   def begun(self, data_step: int) -> Iterator[None]:
@@ -165,11 +192,10 @@ class DeviceFeed:
         self._num_examples, self._plan.seed, self._plan.batch_size, window, self._mesh
       )
     inputs = self._pictures, self._order
-    if not self._chunks.compiled:
-      compile_ = functools.partial(
-        compile_step, self._plan, self._mesh, console, data_set=self._pictures
-      )
-      self._chunks.compile(compile_, (state, self._numbers), *inputs)
+    if self._chunks.program is None:
+      if self._compiling is None:
+        self.compile(state)
+      self._chunks.program = _wait(self._compiling, console)
     self._clock.resume()
     state, self._numbers = self._chunks((state, self._numbers), first, count, *inputs)
     self._clock.steps += count
@@ -182,37 +208,54 @@ class DeviceFeed:
 def compile_step(
   plan: config.Plan,
   mesh: Mesh,
-  console: report.Console,
   step: jax.stages.Wrapped,
   arguments: tuple,
   data_set: Sequence[jax.Array] = (),
-) -> jax.stages.Compiled:
-  """Compiles ahead of the first call: a later batch of another shape is an error, not a wait.
+) -> Future[Compiled]:
+  """Traces a step, and compiles it in the background: a start has other things to do.
 
-  Says what memory the step needs, or raises UserError if a device has less.
+  It is compiled ahead of the first call: a later batch of another shape is an error, not a wait.
 
   Args:
     plan: of the run.
     mesh: of the devices.
-    console: what it is said on.
     step: to compile.
-    arguments: like those of the calls to come.
+    arguments: like those of the calls to come, or their shapes.
     data_set: those of them, or parts of them, that are a whole data set.
+
+  Returns:
+    What ends with UserError if a device has less memory than the step needs.
   """
   start = time.perf_counter()
-  if not console.has_bar:
-    console.say('Compiling the training step ...')
   cure = memory.train_cure(plan, mesh.size)
   share = ''
   if data_set:
     cure += ', or --config.data.on_device=False'
     size = sum(x.nbytes for x in data_set) / memory.MIB
     share = f', of which the data set {size:,.0f} MiB'
-  compiled = memory.compile_or_explain(step.lower(*arguments), cure)
-  needs = memory.check_fits(compiled, mesh.local_devices, cure)
-  seconds = time.perf_counter() - start
-  console.say(f'Compiled the training step in {seconds:.1f} s; it needs {needs} of memory{share}.')
-  return compiled
+  lowered = step.lower(*arguments)
+
+  def finish() -> Compiled:
+    program = memory.compile_or_explain(lowered, cure)
+    needs = memory.check_fits(program, mesh.local_devices, cure)
+    took = f'{time.perf_counter() - start:.1f} s'
+    return Compiled(
+      program, f'Compiled the training step in {took}; it needs {needs} of memory{share}.'
+    )
+
+  background = ThreadPoolExecutor(1, 'compile')
+  try:
+    return background.submit(finish)
+  finally:
+    background.shutdown(wait=False)  # its thread ends with what it does
+
+
+def _wait(compiling: Future[Compiled], console: report.Console) -> Callable:
+  if not compiling.done() and not console.has_bar:
+    console.say('Compiling the training step ...')
+  program, says = compiling.result()
+  console.say(says)
+  return program
 
 
 def _host_batches(plan: config.Plan, source: Source, data_step: int) -> Iterator[pipeline.Batch]:

@@ -38,6 +38,10 @@ class Chunks:
   XLA's CPU compiler rewrites a convolution's gradients into what it has fast code for only outside
   of loops: in one, a step takes some 30 times as long. There the program is the body alone, called
   for each k.
+
+  Attributes:
+    step: the program, not compiled.
+    program: the same compiled, which whoever has compiled it sets before the first call.
   """
 
   def __init__(
@@ -63,31 +67,25 @@ class Chunks:
         return body(bounds[0], carry, *inputs)
       return jax.lax.fori_loop(bounds[0], bounds[1], lambda k, c: body(k, c, *inputs), carry)
 
-    self._jitted = jax.jit(chunk, donate_argnums=0, out_shardings=like, compiler_options=options)
-    self._program: jax.stages.Compiled | None = None
+    self.step = jax.jit(chunk, donate_argnums=0, out_shardings=like, compiler_options=options)
+    self.program: Callable | None = None
     self._most = 1  # until it is known how long one takes
-
-  @property
-  def compiled(self) -> bool:
-    """Whether there is a program."""
-    return self._program is not None
 
   @property
   def most(self) -> int:
     """How many k a process that is alone takes about two seconds for; of several, any number."""
     return self._most if jax.process_count() == 1 else WINDOW
 
-  def compile(self, compile_: Callable[[jax.stages.Wrapped, tuple], Any], *arguments) -> None:
-    """Compiles for a carry and inputs like these, by `compile_` of the step and its arguments."""
-    carry, *inputs = arguments
-    self._program = compile_(self._jitted, (carry, _bounds(0, 1), *inputs))
+  def arguments(self, carry: PyTree, *inputs) -> tuple:
+    """Those of `step`, to compile it, for a carry and inputs, or shapes, like these."""
+    return carry, _bounds(0, 1), *inputs
 
   def __call__(self, carry: PyTree, first: int, count: int, *inputs) -> PyTree:
     """Runs the body for so many k from `first` on, and waits for the carry, which it returns."""
     start = time.perf_counter()
     each = count if self._loops else 1
     for k in range(first, first + count, each):
-      carry = self._program(carry, _bounds(k, k + each), *inputs)
+      carry = self.program(carry, _bounds(k, k + each), *inputs)
     jax.block_until_ready(carry)
     self._most = max(1, int(_PATIENCE * count / (time.perf_counter() - start)))
     return carry
@@ -142,6 +140,12 @@ def send_order(num_examples: int, seed: int, batch_size: int, window: int, mesh:
   position = batch[:, None] * batch_size + row[None, :]
   order = pipeline.train_order(num_examples, seed, position)
   return sharding.put_batch(order, mesh, axis=1)
+
+
+def order_shapes(batch_size: int, mesh: Mesh) -> Order:
+  """Of what `send_order` sends."""
+  shape = jax.ShapeDtypeStruct((WINDOW, batch_size), 'int32', sharding=sharding.split(mesh, axis=1))
+  return shape, shape
 
 
 def make_train_body(

@@ -173,6 +173,7 @@ def initial_state(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   checkpoints: Checkpoints,
+  abstract: state_lib.TrainState,
   rolling_back: bool,
 ) -> tuple[state_lib.TrainState, str]:
   """Where a run starts: in its own folder, else by run.resume, by run.init_from, or from scratch.
@@ -183,20 +184,20 @@ def initial_state(
     optimizer: of the plan.
     mesh: where the state will be.
     checkpoints: of the run's folder.
+    abstract: the shapes of the state, and their shardings.
     rolling_back: whether only one that every such run has will do.
 
   Returns:
     The state, and in words where it is from.
   """
-  replicated = sharding.replicated(mesh)
-  size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
-  abstract = state_lib.abstract(model, optimizer, size, replicated, ema)
   if found := checkpoints.restore(abstract, on_schedule=rolling_back):
     return found[0], f'resumed at step {found[1]}'
   if plan.run.resume:
     state, step = restore(Workdir(plan.run.resume), abstract, 'last')
     return state, f'goes on from step {step} of {plan.run.resume}'
-  state = state_lib.initialise(model, optimizer, size, plan.seed, replicated, ema)
+  size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
+  whole = sharding.replicated(mesh)
+  state = state_lib.initialise(model, optimizer, size, plan.seed, whole, ema)
   if plan.run.init_from:
     other = load_run(plan.run.init_from, mesh=mesh)
     if jax.tree.map(jnp.shape, other.variables) != jax.tree.map(jnp.shape, state.variables):

@@ -130,8 +130,13 @@ class _Pass:
     parts.clock.speed()  # of steps that may have been rolled back
     self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(parts.mesh))
     self._rate = optim.schedule(plan.optim)
+    made_of = plan, parts.model, parts.optimizer, parts.mesh
+    abstract = _abstract_state(*made_of)
+    there = parts.checkpoints.steps()
+    if not parts.feed.compiled and not (there and there[-1] >= plan.run.stop_step):
+      parts.feed.compile(abstract)  # goes on while the state is made or read
     self._state, self._origin = run.initial_state(
-      plan, parts.model, parts.optimizer, parts.mesh, parts.checkpoints, rolling_back=past > 0
+      *made_of, parts.checkpoints, abstract, rolling_back=past > 0
     )
     if past:
       counter = jax.device_put(jnp.int32(past), sharding.replicated(parts.mesh))
@@ -244,6 +249,14 @@ class _Pass:
     self._workdir.poll()
     self.reporter.progress(self.step)
     parts.trace.after(taken.count, taken.numbers)
+
+
+def _abstract_state(
+  plan: config_lib.Plan, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> state_lib.TrainState:
+  ema = plan.step.regularisation.ema_decay > 0
+  whole = sharding.replicated(mesh)
+  return state_lib.abstract(model, optimizer, plan.data.image_size, whole, ema)
 
 
 def _introduction(plan: config_lib.Plan, state, device_count: int, origin: str) -> str:

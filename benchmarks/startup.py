@@ -40,13 +40,14 @@ _RECIPES = flags.DEFINE_list(
 CACHES = ('cold', 'warm')
 DATA = 'data'
 # What is over, and the line on stderr that tells so. With JAX_LOG_COMPILES jax tells of lowering.
+# From `trace` on the step is compiled, while the state is made and the first batch is waited for.
 OURS = {
   'jax': '^mark jax',
   'imports': '^mark imports',
   DATA: None,  # when the run's folder is made
-  'state': 'starts from scratch$',
-  'batch': '^Compiling the training step',
   'trace': r'Finished jaxpr to MLIR module conversion .*train_step',
+  'state': 'starts from scratch$',
+  'batch': '^Compil(ing|ed) the training step',
   'compile': '^Compiled the training step',
   'step': r'^ *1/\d+ ',
 }
@@ -66,14 +67,15 @@ def run(which: str, arguments: Sequence[str], cache: pathlib.Path) -> dict[str, 
   ) as process:
     for line in process.stderr:
       said.append(line)
-      name = next(iter(awaited))
-      if re.search(awaited[name], line):
+      for name in [name for name, end in awaited.items() if re.search(end, line)]:
         ends[name] = time.time()
         del awaited[name]
       if not awaited:
         process.kill()  # what comes after is not timed
         return ends
-  raise UserError(f'{" ".join(command)} ended before {name!r}: {"".join(said)[-1000:]}')
+  raise UserError(
+    f'{" ".join(command)} ended before {next(iter(awaited))!r}: {"".join(said)[-1000:]}'
+  )
 
 
 def phases(ends: Mapping[str, float]) -> Phases:

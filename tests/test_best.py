@@ -1,5 +1,7 @@
 """Which checkpoint is the best of a run that is stopped and goes on."""
 
+from concurrent.futures import Future
+
 import jax.numpy as jnp
 import pytest
 
@@ -15,7 +17,9 @@ def steps_that_only_count(monkeypatch):
     counted = state.replace(step=state.step + 1, data_step=state.data_step + 1)
     return counted, jnp.ones(3)  # loss, gradient norm, all is finite
 
-  monkeypatch.setattr(feed, 'compile_step', lambda *_: count)
+  compiled = Future()
+  compiled.set_result(feed.Compiled(count, ''))
+  monkeypatch.setattr(feed, 'compile_step', lambda *_: compiled)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -99,18 +100,20 @@ def _watch(folder: str) -> None:
   save = Checkpoints.save
   seal, enter = Checkpoints._seal, StopSignals.__enter__
 
-  def compile_and_mark(plan, mesh, console, step, arguments):
+  def compile_and_mark(plan, mesh, step, arguments):
     mark(COMPILE)
-    compiled = compile_(plan, mesh, console, step, arguments)
-    step = int(arguments[0].step)
+    compiled = compile_(plan, mesh, step, arguments)
+    step = None
 
     def take_step(state, batch):
       nonlocal step
-      step += 1
+      step = (int(state.step) if step is None else step) + 1
       mark(STEP, step=step, ids=_own_rows(batch['example']))
-      return compiled(state, batch)
+      return compiled.result().program(state, batch)
 
-    return take_step
+    marking = Future()
+    marking.set_result(feed.Compiled(take_step, ''))
+    return marking
 
   def evaluate_and_mark(self, *args):
     mark(EVALUATE)

@@ -54,13 +54,9 @@ def train_program(
   """
   mesh = sharding.make_mesh(devices)
   step = steps.jit_train_step(model, optimizer, data, how, sharding.replicated(mesh))
-  regularisation = how.regularisation
-  ema = regularisation.ema_decay > 0
+  ema = how.regularisation.ema_decay > 0
   now = state.abstract(model, optimizer, data.image_size, sharding.replicated(mesh), ema)
-  counters = {}
-  if regularisation.erasing or regularisation.drop_path:
-    counters = {'epoch': 'int32', 'example': 'int32'}
-  return Program(step, (now, _batch(data.image_size, batch_size, mesh, **counters)))
+  return Program(step, (now, train_batch(data.image_size, batch_size, mesh)))
 
 
 def eval_program(
@@ -167,6 +163,11 @@ def _shape_bytes(shape: str) -> int:
   for _, bits, sizes in _ARRAY.findall(shape):
     total += math.prod(int(n) for n in sizes.split(',') if n) * max(int(bits or 8) // 8, 1)
   return total
+
+
+def train_batch(size: int, batch_size: int, mesh: jax.sharding.Mesh) -> steps.Batch:
+  """Shapes of a batch of training pictures of `size` pixels, as `sharding.put_batch` makes it."""
+  return _batch(size, batch_size, mesh, epoch='int32', example='int32')
 
 
 def _batch(size: int, batch_size: int, mesh: jax.sharding.Mesh, **more: str) -> steps.Batch:
