@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from afi_flax import config, on_device, report, sharding, speed, steps
+from afi_flax import background, config, on_device, report, sharding, speed, steps
 from afi_flax.analysis import memory
 from afi_flax.data import distort, pipeline, sources
 from afi_flax.state import TrainState
@@ -243,11 +243,7 @@ def compile_step(
       program, f'Compiled the training step in {took}; it needs {needs} of memory{share}.'
     )
 
-  background = ThreadPoolExecutor(1, 'compile')
-  try:
-    return background.submit(finish)
-  finally:
-    background.shutdown(wait=False)  # its thread ends with what it does
+  return background.begin(finish)
 
 
 def _wait(compiling: Future[Compiled], console: report.Console) -> Callable:

@@ -7,7 +7,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -169,35 +168,29 @@ def restore(
 
 def initial_state(
   plan: config_lib.Plan,
-  model: nn.Module,
-  optimizer: optax.GradientTransformation,
   mesh: Mesh,
   checkpoints: Checkpoints,
-  abstract: state_lib.TrainState,
+  initial: state_lib.Initial,
   rolling_back: bool,
 ) -> tuple[state_lib.TrainState, str]:
   """Where a run starts: in its own folder, else by run.resume, by run.init_from, or from scratch.
 
   Args:
     plan: of the run.
-    model: of the plan.
-    optimizer: of the plan.
     mesh: where the state will be.
     checkpoints: of the run's folder.
-    abstract: the shapes of the state, and their shardings.
+    initial: the state from scratch.
     rolling_back: whether only one that every such run has will do.
 
   Returns:
     The state, and in words where it is from.
   """
-  if found := checkpoints.restore(abstract, on_schedule=rolling_back):
+  if found := checkpoints.restore(initial.abstract, on_schedule=rolling_back):
     return found[0], f'resumed at step {found[1]}'
   if plan.run.resume:
-    state, step = restore(Workdir(plan.run.resume), abstract, 'last')
+    state, step = restore(Workdir(plan.run.resume), initial.abstract, 'last')
     return state, f'goes on from step {step} of {plan.run.resume}'
-  size, ema = plan.data.image_size, plan.step.regularisation.ema_decay > 0
-  whole = sharding.replicated(mesh)
-  state = state_lib.initialise(model, optimizer, size, plan.seed, whole, ema)
+  state = initial.state()
   if plan.run.init_from:
     other = load_run(plan.run.init_from, mesh=mesh)
     if jax.tree.map(jnp.shape, other.variables) != jax.tree.map(jnp.shape, state.variables):
@@ -207,6 +200,7 @@ def initial_state(
         f'{plan.model.num_classes} classes'
       )
     copy = jax.tree.map(jnp.copy, other.variables)  # the step frees params and ema one by one
-    state = state.replace(**other.variables, ema=copy if ema else None)
+    ema = copy if state.ema is not None else None
+    state = state.replace(**other.variables, ema=ema)
     return state, f'starts with the weights of step {other.step} of {plan.run.init_from}'
   return state, 'starts from scratch'

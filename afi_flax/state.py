@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from concurrent.futures import Future
 from typing import Any
 
 import flax
@@ -11,7 +12,7 @@ import optax
 from clu import parameter_overview
 from flax import linen as nn
 
-from afi_flax import metrics
+from afi_flax import background, metrics
 
 PyTree = Any
 
@@ -69,7 +70,51 @@ def abstract(
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state: no array is made."""
   shapes = jax.eval_shape(lambda: create(model, optimizer, image_size, seed=0, ema=ema))
+  return _abstract(shapes, sharding)
+
+
+def _abstract(shapes: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+class Initial:
+  """The state before the first step: its shapes at once, its numbers when they are asked for.
+
+  Attributes:
+    abstract: as the function of that name returns it.
+  """
+
+  def __init__(
+    self,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    seed: int,
+    sharding: jax.sharding.Sharding,
+    ema: bool = False,
+  ):
+    """Traces what makes it."""
+    # XLA's CPU compiler would optimise for 11 s (ResNet-32) what runs once in milliseconds.
+    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    init = jax.jit(
+      lambda seed: create(model, optimizer, image_size, seed, ema),
+      out_shardings=sharding,
+      compiler_options=options,
+    )
+    self._seed = jnp.uint32(seed)  # an argument, so that one compiled program serves all seeds
+    self._traced = init.trace(self._seed)
+    self.abstract = _abstract(self._traced.out_info, sharding)
+    self._compiling: Future[jax.stages.Compiled] | None = None
+
+  def compile(self) -> None:
+    """Begins to compile in the background what makes the numbers."""
+    self._compiling = background.begin(self._traced.lower().compile)
+
+  def state(self) -> TrainState:
+    """Makes it where it lives."""
+    if self._compiling is None:
+      self.compile()
+    return self._compiling.result()(self._seed)
 
 
 def initialise(
@@ -81,14 +126,7 @@ def initialise(
   ema: bool = False,
 ) -> TrainState:
   """The state before the first step, made where it lives."""
-  # XLA's CPU compiler would optimise for 11 s (ResNet-32) what runs once in milliseconds.
-  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  init = jax.jit(
-    lambda seed: create(model, optimizer, image_size, seed, ema),
-    out_shardings=sharding,
-    compiler_options=options,
-  )
-  return init(jnp.uint32(seed))  # an argument, so that one compiled program serves all seeds
+  return Initial(model, optimizer, image_size, seed, sharding, ema).state()
 
 
 @jax.jit

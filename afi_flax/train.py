@@ -130,13 +130,9 @@ class _Pass:
     parts.clock.speed()  # of steps that may have been rolled back
     self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(parts.mesh))
     self._rate = optim.schedule(plan.optim)
-    made_of = plan, parts.model, parts.optimizer, parts.mesh
-    abstract = _abstract_state(*made_of)
-    there = parts.checkpoints.steps()
-    if not parts.feed.compiled and not (there and there[-1] >= plan.run.stop_step):
-      parts.feed.compile(abstract)  # goes on while the state is made or read
+    initial = self._begin()
     self._state, self._origin = run.initial_state(
-      *made_of, parts.checkpoints, abstract, rolling_back=past > 0
+      plan, parts.mesh, parts.checkpoints, initial, rolling_back=past > 0
     )
     if past:
       counter = jax.device_put(jnp.int32(past), sharding.replicated(parts.mesh))
@@ -160,6 +156,20 @@ class _Pass:
       compiled=parts.feed.compiled,
     )
     self._watch = nonfinite.Watch(plan.run, workdir, step, self._data_step, self.reporter.say)
+
+  def _begin(self) -> state_lib.Initial:
+    """Has compiled in the background what will be needed, and takes longest of a start."""
+    parts, plan, whole = self._parts, self._plan, sharding.replicated(self._parts.mesh)
+    ema = plan.step.regularisation.ema_decay > 0
+    initial = state_lib.Initial(
+      parts.model, parts.optimizer, plan.data.image_size, plan.seed, whole, ema
+    )
+    there = parts.checkpoints.steps()
+    if not there and not plan.run.resume:
+      initial.compile()
+    if not parts.feed.compiled and not (there and there[-1] >= plan.run.stop_step):
+      parts.feed.compile(initial.abstract)
+    return initial
 
   @property
   def step(self) -> int:
@@ -249,14 +259,6 @@ class _Pass:
     self._workdir.poll()
     self.reporter.progress(self.step)
     parts.trace.after(taken.count, taken.numbers)
-
-
-def _abstract_state(
-  plan: config_lib.Plan, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> state_lib.TrainState:
-  ema = plan.step.regularisation.ema_decay > 0
-  whole = sharding.replicated(mesh)
-  return state_lib.abstract(model, optimizer, plan.data.image_size, whole, ema)
 
 
 def _introduction(plan: config_lib.Plan, state, device_count: int, origin: str) -> str:

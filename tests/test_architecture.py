@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'afi_flax'
 
-LOW = {'errors', 'random_draws'}
+LOW = {'errors', 'random_draws', 'background'}
 PARTS = LOW | {'preprocess', 'losses', 'metrics', 'optim', 'sharding', 'models', 'config'}
 MIDDLE = PARTS | {'steps', 'data', 'checkpoint', 'state', 'report', 'workdir'}
 TOP = MIDDLE | {
@@ -19,6 +19,7 @@ TOP = MIDDLE | {
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
+  'background': set(),
   'models': {'errors', 'models'},
   'data': {'errors', 'random_draws', 'data'},
   'config_keys': {'errors'},
