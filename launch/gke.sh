@@ -144,6 +144,7 @@ VOLUMES
 }
 
 mounts() {
+  # NCCL's shared memory: a pod has 64 MiB of it otherwise.
   echo '- {name: memory, mountPath: /dev/shm}'
   if [[ -n $bucket ]]; then echo '- {name: bucket, mountPath: /bucket}'; fi
 }

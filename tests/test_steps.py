@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -136,6 +137,21 @@ def test_batch_norm_of_each_device_is_that_of_shard_map():
   want = jax.jit(own)(variables, split)
   np.testing.assert_allclose(ours(variables, split), want, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(ours(variables, images), want, rtol=1e-4, atol=1e-5)  # one device
+
+
+def test_batch_norm_of_groups_of_devices():
+  """Two groups of four: each half of the batch is normalised by itself, wherever it is."""
+  layer, images = ConvBN(4), jax.random.normal(jax.random.key(0), [16, 4, 4, 3])
+  variables = layer.init(jax.random.key(0), images, train=False)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def forward(images, parts):
+    return layer.apply(variables, images, train=parts, mutable='batch_stats')[0]
+
+  want = np.concatenate([forward(half, 1) for half in np.split(np.asarray(images), 2)])
+  split = jax.device_put(images, sharding.split(sharding.make_mesh()))
+  assert len(split.sharding.device_set) == 8
+  np.testing.assert_allclose(forward(split, 2), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
