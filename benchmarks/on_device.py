@@ -178,7 +178,7 @@ class Bodies:
   def _compiled(self, body: on_device.Body, loops: bool | None, carry, order) -> on_device.Chunks:
     chunks = on_device.Chunks(body, self._like, {}, loops)
     arguments = carry, self._pictures, order
-    chunks.compile(lambda step, given: step.lower(*given).compile(), *arguments)
+    chunks.program = chunks.step.lower(*chunks.arguments(*arguments)).compile()
     return chunks
 
 

@@ -38,17 +38,11 @@ def make_mesh(devices):
 
 
 def compiled_chunks(body, mesh, *arguments, loops=True):
-  """The body, compiled for arguments like these, and the program."""
+  """Of the body, compiled for arguments like these."""
   quickly = {'xla_backend_optimization_level': 0}
   chunks = on_device.Chunks(body, sharding.replicated(mesh), quickly, loops)
-  programs = []
-
-  def compile_(step, arguments):
-    programs.append(step.lower(*arguments).compile())
-    return programs[0]
-
-  chunks.compile(compile_, *arguments)
-  return chunks, programs[0]
+  chunks.program = chunks.step.lower(*chunks.arguments(*arguments)).compile()
+  return chunks
 
 
 def put(tree, mesh):
@@ -75,7 +69,7 @@ def test_batches_are_the_hosts_to_the_bit(source, devices, loops):
   carry = put(({'count': jnp.int32(0), 'rows': rows}, jnp.zeros([on_device.WINDOW, 3])), mesh)
   inputs = on_device.upload(source, 'train', mesh), on_device.send_order(N, SEED, BATCH, 1, mesh)
   body = on_device.make_train_body(keep, SEED, augment, mesh)
-  chunks, _ = compiled_chunks(body, mesh, carry, *inputs, loops=loops)
+  chunks = compiled_chunks(body, mesh, carry, *inputs, loops=loops)
   kept, _ = chunks(chunks(carry, 0, 2, *inputs), 2, 3, *inputs)
   assert kept['count'] == count
   for k, batch in enumerate(wanted):
@@ -110,9 +104,9 @@ def test_how_many_steps_are_taken_at_once_changes_no_bit(source, devices):
   body = on_device.make_train_body(step, SEED, 'pad_crop_flip', mesh)
   inputs = on_device.upload(source, 'train', mesh), on_device.send_order(N, SEED, BATCH, 0, mesh)
   start = jax.device_get((small_state(mesh), jnp.zeros([on_device.WINDOW, 3])))
-  chunks, program = compiled_chunks(body, mesh, put(start, mesh), *inputs)
+  chunks = compiled_chunks(body, mesh, put(start, mesh), *inputs)
   # Each device makes its own part of a batch: what they exchange is sums.
-  assert set(memory.collectives(program)) == ({'all-reduce'} if devices > 1 else set())
+  assert set(memory.collectives(chunks.program)) == ({'all-reduce'} if devices > 1 else set())
   ends = []
   for lengths in ([8], [1] * 8, [3, 5]):
     carry, first = put(start, mesh), 0
@@ -137,7 +131,7 @@ def test_evaluation_counts_each_example_once(source, devices):
   sums = put(jax.tree.map(lambda x: jnp.zeros([4], x.dtype), metrics.zeros()), mesh)
   inputs = variables, on_device.upload(source, 'test', mesh)
   body = on_device.make_eval_body(step, BATCH, mesh)
-  chunks, _ = compiled_chunks(body, mesh, sums, *inputs)
+  chunks = compiled_chunks(body, mesh, sums, *inputs)
   sums = chunks(chunks(sums, 0, 1, *inputs), 1, 3, *inputs)
   batches = pipeline.eval_batches(source, batch_size=BATCH, image_size=SIZE)
   jitted = jax.jit(step)
@@ -152,7 +146,7 @@ def test_evaluation_counts_each_example_once(source, devices):
 
 
 def test_a_chunk_takes_about_as_long_as_one_waits(monkeypatch):
-  chunks, _ = compiled_chunks(lambda k, carry: carry + k, make_mesh(1), jnp.int32(0))
+  chunks = compiled_chunks(lambda k, carry: carry + k, make_mesh(1), jnp.int32(0))
   assert chunks.most == 1
   for patience, least, largest in ((0.0, 1, 1), (1e9, 1000, np.inf)):
     monkeypatch.setattr(on_device, '_PATIENCE', patience)
