@@ -32,6 +32,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     _end(stopped.status)
 
 
+def keep_compiled_programs() -> None:
+  """Lets the next start take what this one compiles, from where JAX was told to or our folder."""
+  import jax  # slow, and not every command needs it
+
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
+
+
 def _end(status: int) -> None:
   """Ends the process, also where threads are left, for which Python would wait.
 
@@ -57,7 +65,7 @@ def _parse(argv: list[str]) -> list[str]:
     app.usage(shorthelp='--helpfull' not in argv, writeto_stdout=True, exitcode=0)
   _make_importable(argv)
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_spread(argv))
     if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
       flags.FLAGS['config'].value.to_dict()  # raises here if the file could not be read
   except flags.Error as error:
@@ -78,6 +86,26 @@ def _parse(argv: list[str]) -> list[str]:
   if len(rest) > 1:
     raise UserError(f'{rest[1]!r} is not a flag; flags begin with --, see --help')
   return rest
+
+
+def _spread(argv: list[str]) -> list[str]:
+  """Lets a flag that may be given several times take several values, as a shell's a*.png are.
+
+  --images a b c becomes --images=a --images=b --images=c.
+  """
+  spread, several = [], None
+  for arg in argv:
+    if arg.startswith('-') and arg != '-':
+      given, equals, _ = arg.partition('=')
+      name = given.lstrip('-')
+      is_multi = name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
+      several = given if is_multi else None
+      if several and not equals:
+        continue
+    elif several:
+      arg = f'{several}={arg}'
+    spread.append(arg)
+  return spread
 
 
 def _asks_for_help(argv: list[str]) -> bool:

@@ -13,8 +13,6 @@ On several hosts the same command runs on each. Cloud TPU, GKE and SLURM tell it
 is, elsewhere --coordinator, --processes and --process do.
 """
 
-import os
-
 import jax
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -47,8 +45,7 @@ def main(_) -> None:
   if not _WORKDIR.value:
     raise UserError('no --workdir; give a folder for the run, such as --workdir runs/first')
   checkpoint.quiet_orbax()
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
+  commands.keep_compiled_programs()
   place = find_place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   with processes.together(place, _agreed(), _START_TIMEOUT.value):
     if _MODE.value == 'eval':

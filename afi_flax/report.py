@@ -52,6 +52,15 @@ def describe_evaluation(record: Record) -> str:
   )
 
 
+def _speed(done: int, total: int | None, since: float | None) -> list[str]:
+  """In words, as far as it is known: '812/s', '0:08 left'."""
+  seconds = time.monotonic() - since if since is not None else 0.0
+  if not (done and seconds):
+    return []
+  left = [] if total is None else [f'{duration(seconds * (total - done) / done)} left']
+  return [f'{rate(done / seconds)}/s', *left]
+
+
 class Console:
   """Talks to stderr: one bar with lines above it on a terminal, plain lines elsewhere."""
 
@@ -77,8 +86,11 @@ class Console:
     """Whether the bar may be drawn again: at most ten times a second, never without a terminal."""
     return self.has_bar and time.monotonic() >= self._next_redraw
 
-  def show(self, done: int, total: int, parts: Sequence[str]) -> None:
-    """Draws the bar at done/total; parts that find no room are left out, the last one stays."""
+  def show(self, done: int, total: int | None, parts: Sequence[str]) -> None:
+    """Draws the bar at done/total; parts that find no room are left out, the last one stays.
+
+    Of an unknown total there is no bar, only the parts.
+    """
     if not self.has_bar:
       return
     self._next_redraw = time.monotonic() + _REDRAW
@@ -86,26 +98,39 @@ class Console:
     if self._bar is None:
       self._bar = tqdm.tqdm(total=1, file=sys.stderr, bar_format=' ', ncols=columns, nrows=20)
     # A bar of fixed length: one that filled the line would jump with every digit of the text.
-    self._bar.bar_format = '{percentage:3.0f}% '
+    self._bar.bar_format = '{percentage:3.0f}% ' if total is not None else ''
     room = columns - 5
-    if columns >= 100:
+    if columns >= 100 and total is not None:
       self._bar.bar_format += '{bar:10}  '
       room -= 12
     parts = list(parts)
     while len(parts) > 2 and len('  '.join(parts)) > room:
       del parts[-2]
     self._bar.bar_format += '{desc}'
-    self._bar.n, self._bar.total, self._bar.ncols = done, max(total, 1), columns
+    self._bar.n, self._bar.total, self._bar.ncols = done, max(total or 1, 1), columns
     self._bar.set_description_str('  '.join(parts), refresh=False)
     self._bar.refresh()
 
   def evaluating(self, done: int, total: int) -> None:
     """Shows how many of the examples are evaluated; without a terminal at most once a minute."""
+    self.working('evaluating', done, total)
+
+  def working(self, doing: str, done: int, total: int | None, since: float | None = None) -> None:
+    """Shows how much is done; without a terminal at most once a minute.
+
+    Args:
+      doing: what, as 'evaluating'.
+      done: until now.
+      total: in all; None: unknown.
+      since: when it began, by `time.monotonic`; with it, speed and time left are shown too.
+    """
     if self.has_bar:
-      if self.due() or done >= total:
-        self.show(done, total, [f'evaluating  {done:,}/{total:,}'])
+      if self.due() or done == total:
+        of = '' if total is None else f'/{total:,}'
+        self.show(done, total, [f'{doing}  {done:,}{of}', *_speed(done, total, since)])
     elif self._enabled and time.monotonic() >= self._last_line + _QUIET:
-      self.say(f'evaluating: {done:,} of {total:,} ({done / total:.0%})')
+      of = '' if total is None else f' of {total:,} ({done / total:.0%})'
+      self.say(f'{doing}: {done:,}{of}')
 
   def close(self) -> None:
     """Leaves the bar as it is and goes to the next line."""

@@ -152,6 +152,14 @@ class TestPlainLines:
       'evaluating: 43,000 of 50,000 (86%)',
     ]
 
+  def test_work_of_an_unknown_length_tells_once_a_minute(self, capsys, clock):
+    console = report.Console()
+    for done in range(0, 50_001, 250):
+      console.working('predicting', done, None, since=0.0)
+      clock.now += 0.7
+    console.close()
+    assert capsys.readouterr().err.splitlines() == ['predicting: 21,500', 'predicting: 43,000']
+
   def test_nan_is_said_and_drawn(self, make, tmp_path, capsys):
     reporter = make()
     reporter.train(record(100, loss=float('nan')), 0.1)
@@ -226,6 +234,18 @@ class TestBar:
     assert shown.endswith('2:09:58 left')
     assert ('pictures/s' in shown) == (columns >= 100)
     reporter.close()
+
+  def test_work_of_known_and_unknown_length(self, terminal, clock):
+    console, since = report.Console(), clock.now
+    clock.now += 2
+    console.working('predicting', 250, 1000, since)
+    line = terminal.screen()[-1]
+    assert line.startswith(' 25% ')
+    assert line.endswith('predicting  250/1,000  125/s  0:06 left')
+    clock.now += 2
+    console.working('predicting', 300, None, since)
+    assert terminal.screen()[-1] == 'predicting  300  75/s'
+    console.close()
 
   def test_lines_stand_above_it(self, make, terminal, clock):
     reporter = make()

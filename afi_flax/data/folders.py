@@ -19,7 +19,7 @@ from afi_flax.data import array_records
 from afi_flax.errors import UserError, shown
 
 _SPLITS = ('train', 'val', 'validation', 'test')
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 _MAX_BYTES = 1 << 30  # of a file: twice what decode.MAX_PIXELS take without compression
 
 
@@ -36,7 +36,7 @@ class Pictures:
 
   def read(self, i: int) -> tuple[bytes, int]:
     """Bytes of picture i and its label; OSError where the file cannot be read, or is none."""
-    return _read_file(self._path(i)), int(self.labels[i])
+    return read_file(self._path(i)), int(self.labels[i])
 
   def read_named(self, i: int) -> tuple[bytes, str]:
     """Bytes of picture i and its file's name; OSError as `read`."""
@@ -92,7 +92,12 @@ def open_split(
   return list_pictures(_splits(data_dir)[split], class_names).part(start, stop)
 
 
-def _read_file(path: str) -> bytes:
+def is_picture(name: str) -> bool:
+  """Whether a file of this name is taken for a picture where a folder is listed."""
+  return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def read_file(path: str) -> bytes:
   """All of a file; OSError where it is none, without waiting for someone to write to a pipe."""
   with open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
     found = os.fstat(file.fileno())
@@ -158,14 +163,14 @@ def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
   """
   paths, labels, links = [], [], []
   for label, name in enumerate(classes):
-    for parent, sub_folders, files in _walk(folder / name):
+    for parent, sub_folders, files in walk(folder / name):
       links += [path for f in sub_folders if os.path.islink(path := os.path.join(parent, f))]
       within = os.path.relpath(parent, folder)
-      chosen = [f for f in sorted(files) if os.path.splitext(f)[1].lower() in _SUFFIXES]
+      chosen = [f for f in sorted(files) if is_picture(f)]
       paths += [os.fsencode(os.path.join(within, f)) for f in chosen]
       labels += [label] * len(chosen)
   if not paths:
-    flat = sum(os.path.splitext(name)[1].lower() in _SUFFIXES for name in os.listdir(folder))
+    flat = sum(map(is_picture, os.listdir(folder)))
     where = f'; its {flat} own pictures must be sorted into them' if flat else ''
     raise UserError(
       f'{shown(str(folder))} has no pictures in class folders ({_shown(classes)}){where}'
@@ -178,7 +183,7 @@ def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
   return Pictures(str(folder), np.array(paths)[order], np.array(labels, np.int32)[order])
 
 
-def _walk(folder: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
   """As os.walk, in a fixed order; UserError for a folder that cannot be listed."""
 
   def refuse(error: OSError) -> None:

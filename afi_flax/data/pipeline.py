@@ -158,6 +158,33 @@ def eval_batches(
   return _drop_bad(batches, source, max_unreadable, 'left out of the evaluation')
 
 
+def read_batches(
+  source: sources.Encoded, *, batch_size: int, image_size: int, resize: int, workers: int = 0
+) -> Iterator[tuple[Batch, dict[int, str]]]:
+  """One pass over encoded pictures by one process: the pixels of `eval_batches`, and what failed.
+
+  Args:
+    source: as for `eval_batches`.
+    batch_size: of every batch.
+    image_size: of the centre crop, in pixels.
+    resize: short side in pixels before the crop.
+    workers: as in `train_batches`.
+
+  Returns:
+    Iterator of a batch as of `eval_batches`, and of each of its examples that cannot be read, why.
+
+  Raises:
+    FailedError: while iterating: a worker hangs, or too many have died.
+  """
+  element = _EvalElement(source, resize, image_size)
+  positions = -(-len(source) // batch_size) * batch_size
+  batches = _encoded_batches(element, positions, batch_size, slice(None), workers)
+  with contextlib.closing(batches):
+    for batch in batches:
+      bad = batch.pop('bad').tolist()
+      yield batch, {example: reason.decode(errors='replace') for example, reason in bad}
+
+
 def prefetch(
   batches: Iterable[Any],
   put: Callable[[Any], Any],
