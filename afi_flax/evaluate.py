@@ -21,7 +21,6 @@ from afi_flax import metrics, on_device, report, run, sharding, steps
 from afi_flax.analysis import memory
 from afi_flax.config import Plan, complete
 from afi_flax.data import pipeline, sources
-from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 
 Source = sources.Arrays | sources.Encoded
@@ -43,7 +42,8 @@ class Evaluator:
     self._plan, self._mesh = plan, mesh
     source = sources.open_split(data.eval_dataset, data.data_dir, data.eval_split)
     self._total, self._batch_size = len(source), plan.padded_eval_batch(mesh.size)
-    self._check_classes(sources.describe(data.eval_dataset, data.data_dir).class_names)
+    found = sources.describe(data.eval_dataset, data.data_dir).class_names
+    run.check_classes(plan.dataset.class_names, found)
     run.check_same_data(plan.dataset, self._total)
     self._compiling = 0.0  # seconds
     _host_batches(plan, source, self._batch_size).close()  # what does not go together shows now
@@ -85,16 +85,6 @@ class Evaluator:
     memory.check_fits(compiled, self._mesh.local_devices, memory.EVAL_CURE)
     self._compiling += time.perf_counter() - start
     return compiled
-
-  def _check_classes(self, found: tuple[str, ...]) -> None:
-    trained = self._plan.dataset.class_names
-    if found != trained:
-      differ = (i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b)
-      i = next(differ, min(len(trained), len(found)))
-      raise UserError(
-        f'class {i} was {[*trained, "absent"][i]!r} in training and is {[*found, "absent"][i]!r} '
-        'here; give data of the same classes'
-      )
 
 
 class _SumsFromHost:

@@ -36,6 +36,7 @@ ERASED_PIXEL = 20
 RAND_AUGMENT = 21
 COLOR_JITTER = 22
 LIGHTING = 23
+SAMPLE = 24
 
 Array = Any  # numpy.ndarray or jax.Array
 _GOLDEN = 0x9E3779B9
@@ -91,3 +92,8 @@ def integers(n: int, *counters: int | Array) -> Array:
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
   """int64 [n]: the order of n examples in one epoch; no two library versions differ on it."""
   return np.argsort(bits(seed, PERMUTATION, epoch, np.arange(n)), kind='stable')
+
+
+def choice(n: int, count: int, seed: int) -> np.ndarray:
+  """int64 [min(n, count)]: some of 0 .. n - 1, in rising order, each as likely as any other."""
+  return np.sort(np.argsort(bits(seed, SAMPLE, np.arange(n)), kind='stable')[:count])

@@ -124,6 +124,17 @@ def _read_dataset(folder: Workdir) -> config_lib.Dataset:
   return config_lib.Dataset(**stored | {'class_names': tuple(names)})
 
 
+def check_classes(trained: tuple[str, ...], found: tuple[str, ...]) -> None:
+  """UserError where the classes of data are not those that a network was trained on."""
+  if found != trained:
+    differ = (i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b)
+    i = next(differ, min(len(trained), len(found)))
+    raise UserError(
+      f'class {i} was {[*trained, "absent"][i]!r} in training and is {[*found, "absent"][i]!r} '
+      'here; give data of the same classes'
+    )
+
+
 def check_same_data(dataset: config_lib.Dataset, num_eval: int) -> None:
   """All processes must ask.
 

@@ -87,3 +87,15 @@ def test_permutation_is_pinned_and_complete():
   np.testing.assert_array_equal(np.sort(order), np.arange(50_000))
   other = random_draws.permutation(50_000, seed=3, epoch=8)
   assert (order == other).sum() < 20  # as many as chance puts in place: 1, rarely 5
+
+
+def test_choice_is_a_fair_sample_in_order():
+  chosen = random_draws.choice(1000, 100, seed=3)
+  assert len(set(chosen.tolist())) == 100
+  assert (np.diff(chosen) > 0).all()
+  assert random_draws.choice(1000, 100, seed=3).tolist() == chosen.tolist()
+  assert random_draws.choice(5, 9, seed=3).tolist() == [0, 1, 2, 3, 4]
+  taken = np.bincount(np.concatenate([random_draws.choice(50, 10, s) for s in range(500)]))
+  assert len(taken) == 50
+  assert abs(taken - 100).max() < 45  # standard deviation 9
+  assert abs(chosen.mean() - 500) < 120  # 29 * 4

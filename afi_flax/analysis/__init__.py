@@ -1,1 +1,1 @@
-"""What can be said of a network: its cost, before it is trained."""
+"""What can be said of a network: what it costs, before it is trained, and what it has learned."""

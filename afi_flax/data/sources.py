@@ -100,6 +100,31 @@ def open_split(dataset: str, data_dir: str, spec: str) -> Arrays | Encoded:
   return entry.open(data_dir, info, name, start, stop)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+  """Some pictures of an encoded split."""
+
+  source: Encoded
+  chosen: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.chosen)
+
+  def read(self, i: int) -> tuple[bytes, int | np.ndarray]:
+    return self.source.read(int(self.chosen[i]))
+
+  def name(self, i: int) -> str:
+    return self.source.name(int(self.chosen[i]))
+
+
+def sample(source: Arrays | Encoded, count: int, seed: int) -> Arrays | Encoded:
+  """At most `count` examples of a split, chosen by the seed alone, in the split's order."""
+  chosen = random_draws.choice(len(source), count, seed)
+  if isinstance(source, Arrays):
+    return Arrays(source.images[chosen], source.labels[chosen])
+  return _Chosen(source, chosen)
+
+
 def split_range(spec: str, info: DatasetInfo) -> tuple[str, int, int]:
   """Split name, first and one past the last example of a spec, counted as TFDS counts them.
 

@@ -1,4 +1,5 @@
 import contextlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from afi_flax import random_draws
 from afi_flax.data import decode, sources
 from afi_flax.errors import UserError
 
@@ -191,6 +193,22 @@ def test_a_folder_without_val_names_the_flags_that_hold_a_part_out(picture_folde
   )
   shutil.rmtree(picture_folder / 'val')
   assert message(picture_folder).endswith(f' No val/ found in {picture_folder}: {cure}')
+
+
+def test_a_sample_of_a_split():
+  whole = sources.open_split('digits', '', 'train')
+  some = sources.sample(whole, 30, seed=1)
+  chosen = random_draws.choice(len(whole), 30, seed=1)
+  assert np.array_equal(some.images, whole.images[chosen])
+  assert np.array_equal(some.labels, whole.labels[chosen])
+  assert len(sources.sample(whole, 9999, seed=1)) == len(whole)
+
+  whole = sources.open_split('fake_imagenet', '', 'train')
+  some = pickle.loads(pickle.dumps(sources.sample(whole, 30, seed=1)))  # as workers get it
+  chosen = random_draws.choice(len(whole), 30, seed=1)
+  assert len(some) == 30
+  assert some.read(7) == whole.read(int(chosen[7]))
+  assert some.name(7) == whole.name(int(chosen[7]))
 
 
 def test_unknown_data_sets_are_answered_with_the_list():

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from afi_flax.analysis.quality import Mistake, Tally
+
+K = 12
+
+
+def predictions(n):
+  rng = np.random.default_rng(0)
+  probability = rng.uniform(1 / K, 1, n).astype(np.float32)
+  probability[:4] = 1, 0.2, 0.6, 0.8  # on the edges of bins, or next to them
+  return {
+    'example': np.arange(n, dtype=np.int32),
+    'label': rng.integers(0, K, n).astype(np.int32),
+    'predicted': rng.integers(0, K, n).astype(np.int32),
+    'probability': probability,
+    'rank': rng.integers(0, K, n).astype(np.int32),
+    'loss': rng.uniform(0, 5, n).astype(np.float32),
+  }
+
+
+def tally_of(rows, batch_size):
+  tally = Tally(K)
+  for start in range(0, len(rows['label']), batch_size):
+    tally.add(**{name: x[start : start + batch_size] for name, x in rows.items()})
+  return tally
+
+
+def test_reliability_is_that_of_guo_et_al():
+  """Bin m of M has the predictions in ((m - 1) / M, m / M]."""
+  rows = predictions(500)
+  p, right = rows['probability'].astype(float), rows['predicted'] == rows['label']
+  found, ece = tally_of(rows, 500).reliability(), 0
+  for m in range(15):
+    inside = (p > found.edges[m]) & (p <= found.edges[m + 1])
+    assert found.count[m] == inside.sum()
+    if inside.any():
+      np.testing.assert_allclose(found.confidence[m], p[inside].mean())
+      np.testing.assert_allclose(found.accuracy[m], right[inside].mean())
+      ece += inside.mean() * abs(right[inside].mean() - p[inside].mean())
+    else:
+      assert np.isnan([found.confidence[m], found.accuracy[m]]).all()
+  assert found.edges[-1] == 1
+  assert found.count[-1] > 0
+  assert found.count[0] == 0  # below 1 / K
+  assert found.ece == pytest.approx(ece)
+
+
+def test_a_perfectly_calibrated_network_has_no_error():
+  rows = predictions(8)
+  rows['probability'][:], rows['label'][:], rows['predicted'][:] = 0.75, 1, 1
+  rows['predicted'][:2] = 0
+  assert tally_of(rows, 3).reliability().ece == 0
+
+
+def test_only_the_most_confident_mistakes_are_kept():
+  rows = predictions(300)
+  rows['probability'][100:140] = 0.97
+  wrong = [i for i in range(300) if rows['label'][i] != rows['predicted'][i]]
+  wrong.sort(key=lambda i: (-rows['probability'][i], i))
+  found = tally_of(rows, 7).mistakes
+  assert [m.example for m in found] == wrong[:32]
+  first = wrong[0]
+  true, predicted = int(rows['label'][first]), int(rows['predicted'][first])
+  assert found[0] == Mistake(first, true, predicted, float(rows['probability'][first]))
+
+
+@pytest.mark.parametrize('batch_size', [1, 64, 300])
+def test_counts_of_batches_add_up(batch_size):
+  rows = predictions(300)
+  tally = tally_of(rows, batch_size)
+  assert tally.examples == 300
+  assert tally.top1 == (rows['label'] == rows['predicted']).mean()
+  assert tally.top5 == (rows['rank'] < 5).mean()
+  assert tally.nll == pytest.approx(rows['loss'].astype(float).mean())
+  for i, j in ((0, 0), (3, 11), (11, 3)):
+    assert tally.confusion[i, j] == ((rows['label'] == i) & (rows['predicted'] == j)).sum()
+
+
+def test_few_classes_have_few_ranks():
+  tally = Tally(2)
+  zeros = np.zeros(3, np.int32)
+  ranks = np.array([0, 1, 1], np.int32)
+  tally.add(zeros, zeros, ranks, np.full(3, 0.6, np.float32), ranks, np.zeros(3, np.float32))
+  assert tally.top5 == 1
