@@ -14,7 +14,7 @@ import ml_collections
 from afi_flax import config_keys
 from afi_flax.data import augment, distort, sources
 from afi_flax.errors import UserError, shown, unknown
-from afi_flax.models import create_model, residual_blocks
+from afi_flax.models import create_model, parts, residual_blocks
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
 MAY_DIFFER = ('run', 'data.data_dir')
@@ -42,6 +42,8 @@ _SINCE = {
   'model.remat': 'none',
   'model.se_bias': False,
   'optimizer.decay_vectors': True,
+  'optimizer.frozen': (),
+  'optimizer.layer_decay': 1.0,
   'run.deterministic': False,
   'run.max_nonfinite': 10,
   'run.on_nonfinite': 'raise',
@@ -116,6 +118,7 @@ class Step:
   micro_batches: int = 1  # into which a batch is cut, computed one after another
   batch_norm_parts: int = 1  # into which each of them is cut; each is normalised by itself
   regularisation: Regularisation = Regularisation()
+  frozen: tuple[str, ...] = ()  # names of modules of the network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,8 @@ class Optim:
   clip_norm: float  # 0: off
   name: str = 'sgd'  # or 'lars', 'adamw', 'lamb'
   decay_vectors: bool = True
+  frozen: tuple[str, ...] = ()  # names of modules of the network
+  rates: tuple[tuple[str, float], ...] = ()  # of all modules, what their lr is multiplied by; (): 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +243,9 @@ def _one_line(text: str) -> str:
 
 
 def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Dataset | None) -> Plan:
-  _model(config.model, num_classes=1)  # a mistake shows before a large folder is listed
+  # Mistakes in these show before a large folder is listed.
+  _model(config.model, num_classes=1)
+  frozen, rates = _modules(config)
   dataset = dataset or _measure(config.data)
   batch = config.batch_size
   _check_batch(batch, device_count, dataset.num_train)
@@ -262,13 +269,18 @@ def _resolve(config: ml_collections.ConfigDict, device_count: int, dataset: Data
     batch_size=batch,
     eval_batch_size=min(config.eval_batch_size, dataset.num_eval),
     steps_per_epoch=steps_per_epoch,
-    optim=_optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
+    optim=dataclasses.replace(
+      _optim(config.optimizer, config.schedule, batch, steps_per_epoch, total_steps),
+      frozen=frozen,
+      rates=rates,
+    ),
     run=_run(config.run, steps_per_epoch, total_steps),
     step=Step(
       seed=config.seed,
       micro_batches=_micro_batches(config.micro_batches, batch, device_count),
       batch_norm_parts=_batch_norm_parts(config.batch_norm.scope, device_count),
       regularisation=_regularisation(config),
+      frozen=frozen,
     ),
   )
 
@@ -489,6 +501,38 @@ def _optim(
     name=optimizer.name,
     decay_vectors=optimizer.decay_vectors,
   )
+
+
+def _modules(
+  config: ml_collections.ConfigDict,
+) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+  """The network's modules that are frozen, and the factors of all modules' learning rates."""
+  given, decay = tuple(config.optimizer.frozen), config.optimizer.layer_decay
+  if not 0 < decay <= 1:
+    raise UserError(f'optimizer.layer_decay {decay} must be more than 0 and at most 1')
+  if not given and decay == 1:
+    return (), ()
+  if not (config.run.init_from or config.run.resume):
+    key, value, off = ('frozen', given, '()') if given else ('layer_decay', decay, '1.0')
+    raise UserError(
+      f'optimizer.{key} {value} is for weights that were trained before: add '
+      f'--config.run.init_from=RUN, or use {off}'
+    )
+  names = parts.module_names(create_model(config.model.name))
+  known = [*dict.fromkeys(map(parts.part, names)), 'body']
+  for name in given:
+    if name not in known:
+      several = ' Repeat the flag for several.' if ',' in name else ''
+      raise unknown('optimizer.frozen', name, known, f'They are of {config.model.name}.{several}')
+  frozen = tuple(
+    name
+    for name in names
+    if parts.part(name) in given or ('body' in given and parts.part(name) != 'head')
+  )
+  if len(frozen) == len(names):
+    raise UserError(f'optimizer.frozen {given} leaves nothing to train; leave out a part')
+  away = parts.distances(names)
+  return frozen, tuple((name, decay ** away[name]) for name in names) if decay < 1 else ()
 
 
 def _run(run: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int) -> Run:

@@ -62,6 +62,8 @@ KINDS: dict[str, Kind] = {
   'optimizer.weight_decay': float,
   'optimizer.decay_vectors': bool,
   'optimizer.clip_norm': float,
+  'optimizer.layer_decay': float,
+  'optimizer.frozen': (str,),
   'run.resume': str,
   'run.init_from': str,
   'run.workers': int,
@@ -83,6 +85,7 @@ _WHAT = {
   str: 'a string',
   (int,): 'a tuple of whole numbers',
   (float,): 'a tuple of numbers',
+  (str,): 'a tuple of strings',
 }
 _MAX_FLOAT32 = 3.4028234e38
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from afi_flax import config
+from afi_flax.models import parts
 
 PyTree = Any
 
@@ -44,6 +45,9 @@ def make(optim: config.Optim) -> optax.GradientTransformation:
   Momentum is Adam's first rate; its second is 0.999. Where `decay_vectors` is off, tensors of one
   dimension (biases, scales) have neither decay nor a trust ratio, as in timm. The norm is clipped
   before the decay is added, as by `torch.nn.utils.clip_grad_norm_`.
+
+  With `rates`, each module's lr is multiplied by its own factor. With `frozen`, `init` takes all
+  parameters and makes no state for those modules; `update` takes the others only.
   """
   mask = None if optim.decay_vectors else _not_vectors
   decay = optax.add_decayed_weights(optim.weight_decay, mask)
@@ -60,7 +64,12 @@ def make(optim: config.Optim) -> optax.GradientTransformation:
     trust = _where(optax.scale_by_trust_ratio(), mask)
     steps = (optax.scale_by_adam(b1=momentum, eps=1e-6), decay, trust, rate)
   clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
-  return optax.chain(clip, *steps)
+  if optim.rates:
+    steps = (*steps, _scale_modules(dict(optim.rates)))
+  chain = optax.chain(clip, *steps)
+  if not optim.frozen:
+    return chain
+  return chain._replace(init=lambda params: chain.init(parts.without(optim.frozen, params)))
 
 
 def scale_by_lars(weight_decay: float) -> optax.GradientTransformation:
@@ -75,6 +84,18 @@ def scale_by_lars(weight_decay: float) -> optax.GradientTransformation:
     return jnp.where((of_p > 0) & (of_g > 0), trust, 1.0) * (g + weight_decay * p)
 
   return optax.stateless(lambda updates, params: jax.tree.map(scaled, updates, params))
+
+
+def _scale_modules(rates: dict[str, float]) -> optax.GradientTransformation:
+  """Updates of each module of a network times its factor."""
+
+  def scaled(updates, params):
+    return {
+      name: jax.tree.map(lambda u, rate=rates[name]: rate * u, below)
+      for name, below in updates.items()
+    }
+
+  return optax.stateless(scaled)
 
 
 def moving_average(average: PyTree, values: PyTree, decay: float, step: int | jax.Array) -> PyTree:

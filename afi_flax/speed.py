@@ -18,7 +18,8 @@ class Clock:
     self._batch_size = plan.batch_size
     peak = devices.peak_flops(list(mesh.devices.flat))
     # Seconds that a picture would take at the devices' peak; None where that is not known.
-    self._at_best = peak and cost.train_flops(model, plan.data.image_size) / peak
+    of_picture = model, plan.data.image_size, plan.step.frozen
+    self._at_best = peak and cost.train_flops(*of_picture) / peak
     self._seconds = 0.0
     self._since: float | None = None
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,6 +14,7 @@ from clu import parameter_overview
 from flax import linen as nn
 
 from afi_flax import background, metrics
+from afi_flax.models import parts as parts_lib
 
 PyTree = Any
 
@@ -144,14 +146,20 @@ class _Row:
   share: str
 
 
-def parameter_table(params: PyTree) -> str:
-  """Parameters of the stem, of each stage and of the head, as a table with their sum."""
+def parameter_table(params: PyTree, frozen: Collection[str] = ()) -> str:
+  """Parameters of the stem, of each stage and of the head, as a table with their sum.
+
+  And how many of them train, where modules are frozen.
+  """
   total = parameter_overview.count_parameters(params)
   parts = collections.defaultdict(dict)
   for name, part in sorted(params.items(), key=lambda item: (item[0] != 'stem', item[0] == 'head')):
-    parts[name.split('_')[0]][name] = part
+    parts[parts_lib.part(name)][name] = part
+  sums = {'total': params}
+  if frozen:
+    sums['trained'] = parts_lib.without(frozen, params)
   rows = []
-  for name, blocks in (parts | {'total': params}).items():
+  for name, blocks in (parts | sums).items():
     size = parameter_overview.count_parameters(blocks)
     rows.append(_Row(name, len(jax.tree.leaves(blocks)), f'{size:,}', f'{size / total:.1%}'))
   return parameter_overview.make_table(rows)

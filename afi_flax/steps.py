@@ -8,6 +8,7 @@ import optax
 from flax import linen as nn
 
 from afi_flax import config, losses, metrics, optim, preprocess
+from afi_flax.models import parts
 from afi_flax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -33,25 +34,31 @@ def make_train_step(
   With `how.micro_batches` m the gradient is the mean of m gradients computed one after another, of
   examples i, i + m, i + 2m, ... each, in a fraction of the memory. Batch norm then normalises each
   by its own statistics (or parts of it), and the running ones follow all of them in turn.
+
+  Modules in `how.frozen` compute what they do in evaluation; their parameters and statistics, and
+  the moving averages of these, stay as they are to the bit. The gradient is of the others only,
+  and is not computed any further back than to the first of them.
   """
-  regularisation, decay = how.regularisation, how.regularisation.ema_decay
+  regularisation, decay, frozen = how.regularisation, how.regularisation.ema_decay, how.frozen
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
     images, targets, more = _inputs(batch, state.data_step, model, data, how)
+    trained = parts.without(frozen, state.params)
 
     def gradient(batch_stats, images, targets, more):
-      def loss_fn(params):
-        logits, updated = model.apply(
-          {'params': params, 'batch_stats': batch_stats},
-          images,
-          train=how.batch_norm_parts,
-          mutable=['batch_stats'],
-          **more,
-        )
+      def loss_fn(trained):
+        with parts.evaluating(frozen):
+          logits, updated = model.apply(
+            {'params': state.params | trained, 'batch_stats': batch_stats},
+            images,
+            train=how.batch_norm_parts,
+            mutable=['batch_stats'],
+            **more,
+          )
         per_example = _losses(logits, targets, regularisation)
         return per_example.mean(), (logits, per_example, updated['batch_stats'])
 
-      (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      (_, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
       return grads, *out
 
     inputs = (images, targets, more)
@@ -59,15 +66,15 @@ def make_train_step(
       grads, logits, per_example, batch_stats = gradient(state.batch_stats, *inputs)
     else:
       grads, logits, per_example, batch_stats = _in_turn(
-        gradient, state.params, state.batch_stats, inputs, how.micro_batches
+        gradient, trained, state.batch_stats, inputs, how.micro_batches
       )
     loss, norm = per_example.mean(), optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(batch_stats)
     # Or XLA's CPU compiler puts the whole of it into the loop of every parameter.
     finite = jax.lax.optimization_barrier(finite)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     sums = metrics.sums(logits, batch['label'], per_example, jnp.ones_like(per_example))
-    params = optax.apply_updates(state.params, updates)
+    params = state.params | optax.apply_updates(trained, updates)
     variables = {'params': params, 'batch_stats': batch_stats}
     updated = TrainState(
       step=state.step + 1,
@@ -76,7 +83,7 @@ def make_train_step(
       batch_stats=batch_stats,
       opt_state=opt_state,
       metric_sums=jax.tree.map(jnp.add, state.metric_sums, sums),
-      ema=optim.moving_average(state.ema, variables, decay, state.step) if decay else None,
+      ema=_moving_average(state, variables, decay, frozen) if decay else None,
     )
     left_out = state.replace(data_step=updated.data_step)
     # Not on a copy of the updated state: the choice is made where each number is computed.
@@ -84,6 +91,18 @@ def make_train_step(
     return chosen, jnp.stack([loss, norm, finite.astype('float32')])
 
   return train_step
+
+
+def _moving_average(
+  state: TrainState, variables: dict, decay: float, frozen: tuple[str, ...]
+) -> dict:
+  """`state.ema` one update on; of what is frozen it stays, where rounding would move it."""
+  averages, values = (
+    {name: parts.without(frozen, tree) for name, tree in trees.items()}
+    for trees in (state.ema, variables)
+  )
+  moved = optim.moving_average(averages, values, decay, state.step)
+  return {name: state.ema[name] | moved[name] for name in moved}
 
 
 def _all_finite(tree) -> jax.Array:

@@ -267,7 +267,7 @@ def _introduction(plan: config_lib.Plan, state, device_count: int, origin: str) 
   kind = jax.devices()[0].device_kind
   return '\n'.join(
     (
-      state_lib.parameter_table(state.params),
+      state_lib.parameter_table(state.params, plan.step.frozen),
       f'{plan.model.name} ({plan.model.dtype}) on {data.name}: {data.num_train:,} training and '
       f'{data.num_eval:,} evaluation examples, {len(data.class_names)} classes',
       f'{optimum.total_steps:,} steps of {plan.batch_size} on {device_count} x {kind}, peak '

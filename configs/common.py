@@ -76,6 +76,11 @@ def base() -> ml_collections.ConfigDict:
   config.optimizer.weight_decay = 1e-4  # sgd, lars: added to the gradient; else to the update
   config.optimizer.decay_vectors = True  # on biases and scales too
   config.optimizer.clip_norm = 0.0  # of the gradient, before the decay is added; 0: off
+  config.optimizer.layer_decay = 1.0  # the rate of a block n blocks below the head is times this^n
+  # Parts that do not train: 'stem', 'stage1', ...; 'body': all but the head. Nothing of them moves:
+  # not their weights, by decay or else, and not their batch norms' running statistics, which these
+  # use in training too; no branch of theirs is dropped.
+  config.optimizer.frozen = ()
 
   # What may differ when a run is resumed, since its result does not depend on it where all is well.
   config.run = ml_collections.ConfigDict()
@@ -149,7 +154,9 @@ def strikes_back(config: ml_collections.ConfigDict) -> None:
   config.optimizer.clip_norm = 1.0  # timm's own for LAMB
 
 
-def variant(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+def variant(
+  config: ml_collections.ConfigDict, arg: str, recipes: dict | None = None
+) -> ml_collections.ConfigDict:
   """Applies what stands behind the colon.
 
   AFI networks have `b` (AFI-B), `stages=1+2` (AFI in these only) and one of `se`, `ge`, `cbam` and
@@ -157,18 +164,27 @@ def variant(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Confi
   have one of them on every block's output. On ImageNet, `a3` is another recipe,
   `strikes_back`. `smoke` takes four steps of the same network on fake pictures, to see that all is
   in place.
+
+  Args:
+    config: is changed.
+    arg: names, joined by commas.
+    recipes: more names, and the function that changes the config for each.
   """
   name = config.model.name
-  recipes = {'a3': False} if config.data.dataset == 'imagenet2012' else {}
+  recipes = recipes or {}
+  if config.data.dataset == 'imagenet2012':
+    recipes = {'a3': strikes_back, **recipes}
+  off = dict.fromkeys(recipes, False)
   if name.startswith('afi_'):
-    chosen = parse_variant(arg, ATTENTIONS, smoke=False, b=False, stages=(), **recipes)
+    chosen = parse_variant(arg, ATTENTIONS, smoke=False, b=False, stages=(), **off)
     config.model.name = '_'.join([name, *(n for n in ('b', *ATTENTIONS) if chosen[n])])
     config.model.stages = chosen.stages
   else:
-    chosen = parse_variant(arg, ATTENTIONS, smoke=False, **recipes)
+    chosen = parse_variant(arg, ATTENTIONS, smoke=False, **off)
     config.model.name = '_'.join([*(n for n in ATTENTIONS if chosen[n]), name])
-  if chosen.get('a3', False):
-    strikes_back(config)
+  for name, change in recipes.items():
+    if chosen[name]:
+      change(config)
   if chosen.smoke:
     _smoke(config)
   return config
@@ -190,4 +206,5 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
   config.eval_batch_size = 16
   config.epochs = 1.0
   config.schedule.warmup_epochs = 0.0
+  config.optimizer.layer_decay, config.optimizer.frozen = 1.0, ()  # there is nothing to keep
   config.run.log_every_steps = 1

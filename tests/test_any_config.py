@@ -27,7 +27,10 @@ GROUPS = sorted({key.partition('.')[0] for key in KEYS if '.' in key})
 
 
 def load(name, arg=''):
-  return importlib.import_module(f'configs.{name}').get_config(arg)
+  config = importlib.import_module(f'configs.{name}').get_config(arg)
+  if name.startswith('finetune'):
+    config.run.init_from = 'runs/other'
+  return config
 
 
 BASES = [
@@ -38,6 +41,7 @@ BASES = [
 
 # ---- what may stand in a config
 
+PARTS = ('body', 'head', 'stem', 'stage1', 'stage2', 'stage4', 'last')
 words = sorted({str(value) for base in BASES for value in flatten_dict(base, sep='.').values()})
 numbers = st.one_of(
   st.integers(),
@@ -73,6 +77,7 @@ of_kind = {  # likelier to get past the first check
   str: texts,
   (int,): st.lists(st.integers(-1, 5), max_size=4).map(tuple),
   (float,): st.lists(st.floats(0, 1), max_size=5).map(tuple),
+  (str,): st.lists(st.one_of(texts, st.sampled_from(PARTS)), max_size=3).map(tuple),
 }
 changes = st.one_of(
   *(st.tuples(st.just(key), of_kind[config_keys.KINDS[key]]) for key in KEYS),
@@ -110,6 +115,7 @@ def check(plan: Plan, config: dict, devices: int) -> None:
   batch, n = plan.batch_size, plan.dataset.num_train
   steps = plan.optim.total_steps
   for path, value in flatten_dict(dataclasses.asdict(plan), sep='.').items():
+    value = sum(value, ()) if path == 'optim.rates' else value  # pairs
     for item in value if isinstance(value, tuple) else (value,):
       # NumPy's float64 is a float, and may stand in a config file.
       assert item is None or isinstance(item, int | float | bool | str), (path, item)
@@ -148,6 +154,11 @@ def check(plan: Plan, config: dict, devices: int) -> None:
       wanted = plan.optim.peak_lr * plan.optim.factor**drops
       assert float(rate(step)) == pytest.approx(wanted, rel=1e-5, abs=1e-37)
   optim.make(plan.optim)
+  rates, decay = dict(plan.optim.rates), config['optimizer']['layer_decay']
+  assert plan.step.frozen == plan.optim.frozen
+  assert bool(plan.step.frozen) == bool(config['optimizer']['frozen'])
+  assert 'head' not in rates or rates['head'] == 1 >= rates['stem'] == min(rates.values())
+  assert bool(rates) == (decay != 1)
 
 
 def resolves_or_explains(base: dict, edits: list[tuple], devices: int, folder: bool) -> bool:

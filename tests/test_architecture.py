@@ -28,7 +28,7 @@ ALLOWED = {
   'losses': LOW,
   'metrics': LOW,
   'sharding': LOW,
-  'optim': LOW | {'config'},
+  'optim': LOW | {'config', 'models'},
   'state': PARTS,
   'steps': PARTS | {'state'},
   'files': {'errors'},

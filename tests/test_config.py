@@ -57,11 +57,15 @@ FOLDER = config_lib.Dataset('image_folder', ('cat', 'dog'), num_train=1000, num_
 
 
 def load(name, arg=''):
-  return importlib.import_module(f'configs.{name}').get_config(arg)
+  config = importlib.import_module(f'configs.{name}').get_config(arg)
+  if name.startswith('finetune'):
+    config.run.init_from = 'runs/other'
+  return config
 
 
 def variants(name):
   recipes = ('a3', 'a3,smoke') if name.startswith('imagenet') else ()
+  recipes = ('head', 'head,smoke') if name.startswith('finetune') else recipes
   if not load(name).model.name.startswith('afi_'):
     return ('', 'smoke', 'se', *recipes)
   some = ('', 'smoke', 'b', 'stages=2', 'b,stages=2+3', 'stages=2,cbam,b')
@@ -170,6 +174,41 @@ def test_a_config_that_is_older_than_some_keys():
       del (config[group[0]] if group else config)[name]
     del config.loss, config.batch_norm
   assert resolve(config) == plan
+
+
+def test_frozen_parts_and_rates():
+  config = load('cifar100_resnet32')
+  config.run.init_from = 'runs/other'
+  config.optimizer.frozen, config.optimizer.layer_decay = ('stem', 'stage1'), 0.5
+  plan = resolve(config)
+  assert plan.step.frozen == ('stem', *(f'stage1_block{k}' for k in range(1, 6)))
+  rates = dict(plan.optim.rates)
+  assert (rates['head'], rates['stage3_block5'], rates['stage3_block1']) == (1, 0.5, 0.5**5)
+  assert rates['stem'] == 0.5**16
+  config.optimizer.frozen = ('body',)
+  assert set(resolve(config).optim.frozen) == set(rates) - {'head'}
+
+
+@pytest.mark.parametrize(
+  ('frozen', 'layer_decay', 'init_from', 'says'),
+  [
+    (('stage4',), 1.0, 'runs/x', "unknown optimizer.frozen 'stage4'; did you mean 'stage"),
+    (('eyes',), 1.0, 'runs/x', "frozen 'eyes'. Known: body, head, stage1, stage2, stage3, stem. T"),
+    (('stem,stage1',), 1.0, 'runs/x', 'They are of afi_resnet32. Repeat the flag for several.'),
+    (('body', 'head'), 1.0, 'runs/x', "('body', 'head') leaves nothing to train"),
+    ((), 0.0, 'runs/x', 'optimizer.layer_decay 0.0 must be more than 0 and at most 1'),
+    ((), float('nan'), 'runs/x', 'optimizer.layer_decay nan must be'),
+    (('stem',), 1.0, '', "optimizer.frozen ('stem',) is for weights that were trained before: add"),
+    ((), 0.9, '', 'optimizer.layer_decay 0.9 is for weights that were trained before: add --con'),
+  ],
+)
+def test_refuses_parts(frozen, layer_decay, init_from, says):
+  config = load('cifar100_afi_resnet32')
+  config.optimizer.frozen, config.optimizer.layer_decay = frozen, layer_decay
+  config.run.init_from = init_from
+  with pytest.raises(UserError, match=re.escape(says)) as error:
+    resolve(config)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name', ['afi_shufflenetv2_x1_0_cifar', 'densenet121'])

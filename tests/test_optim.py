@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -134,6 +135,54 @@ def test_optimisers_by_their_definitions(name, nesterov):
       )
   moved = {'lars': 1e-4}.get(name, 1e-2)  # LARS takes a thousandth
   assert np.abs(params['matrix'] - MATRIX).max() > moved
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars', 'adamw', 'lamb'])
+def test_layers_have_rates_of_their_own(name):
+  """Each is as if it were alone, with a learning rate of its own: PyTorch's parameter groups."""
+  rates = {'stem': 0.01, 'stage1_block1': 0.1, 'head': 1.0}
+  plan = dataclasses.replace(
+    STEP, name=name, decay_vectors=False, weight_decay=0.1, peak_lr=0.05, rates=tuple(rates.items())
+  )
+  optimizer = optim.make(plan)
+  params = {m: {'a': jnp.asarray(MATRIX), 'b': jnp.asarray(VECTOR)} for m in rates}
+  state = optimizer.init(params)
+  references = {
+    m: {'a': Reference(MATRIX, name, 0.1), 'b': Reference(VECTOR, name, 0.1)} for m in rates
+  }
+  for n in range(1, 6):
+    grads = jax.tree.map(lambda p: jnp.asarray(gradient(np.asarray(p, 'float64'))), params)
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    for module, tensors in references.items():
+      for key, reference in tensors.items():
+        reference.step(n, 0.05 * rates[module])
+        np.testing.assert_allclose(
+          params[module][key], reference.p, rtol=2e-5, atol=5e-6, err_msg=f'{module} {key} {n}'
+        )
+
+
+def test_what_is_frozen_has_no_state():
+  plan = dataclasses.replace(STEP, name='adamw', frozen=('stem', 'stage1_block1'))
+  params = {'stem': jnp.ones([2, 2]), 'stage1_block1': jnp.ones([3]), 'head': jnp.ones([4])}
+  shapes = {x.shape for x in jax.tree.leaves(optim.make(plan).init(params))}
+  assert shapes == {(), (4,)}
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars', 'adamw', 'lamb'])
+def test_the_state_is_that_of_runs_without_frozen_parts_or_rates(name):
+  """As their checkpoints hold it."""
+  trace, adam = optax.trace(0.9), optax.scale_by_adam()
+  decay, rate = optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(lambda n: 0.1)
+  steps = {
+    'sgd': (decay, optax.sgd(lambda n: 0.1, 0.9)),
+    'lars': (optax.identity(), trace, rate),
+    'adamw': (adam, decay, rate),
+    'lamb': (adam, decay, optax.identity(), rate),
+  }
+  made = optim.make(dataclasses.replace(STEP, name=name)).init({'a': jnp.ones(2)})
+  want = optax.chain(optax.identity(), *steps[name]).init({'a': jnp.ones(2)})
+  assert jax.tree.structure(made) == jax.tree.structure(want)
 
 
 def test_decay_of_vectors_can_be_left_out():

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -103,13 +103,17 @@ def total(layers: Iterable[Layer]) -> Cost:
   return sum((layer.cost for layer in layers), Cost())
 
 
-def train_flops(model: nn.Module, image_size: int) -> int:
+def train_flops(model: nn.Module, image_size: int, frozen: Collection[str] = ()) -> int:
   """Floating-point operations of the network for one training picture, as utilisation counts them.
 
-  Two for each multiply-accumulate, once forward and twice for the gradients; not what is computed
-  again to save memory.
+  Two for each multiply-accumulate, once forward and twice for the gradients, of its kernel and of
+  its input; not what is computed again to save memory. Kernels of modules in `frozen` have no
+  gradient, nor have inputs before the first module that trains.
   """
-  return 6 * total(count(model, image_size)).macs
+  layers = count(model, image_size)
+  trained = [layer for layer in layers if layer.path[0] not in frozen]
+  behind = layers[layers.index(trained[0]) :] if trained else []
+  return 2 * sum(total(part).macs for part in (layers, behind, trained))
 
 
 def stages(layers: Sequence[Layer]) -> list[Stage]:

@@ -135,7 +135,7 @@ def row(
   """
   there = hardware.memory_bytes(devices)
   model = create_model(**vars(plan.model))
-  flops = cost.train_flops(model, plan.data.image_size) * plan.batch_size
+  flops = cost.train_flops(model, plan.data.image_size, plan.step.frozen) * plan.batch_size
   traffic = _traffic(plan, devices, training, flops)
   if plan.step.micro_batches > 1:
     traffic = dict.fromkeys(traffic)
