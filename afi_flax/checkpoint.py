@@ -58,6 +58,9 @@ class Checkpoints:
     if due: checkpoints.save(step, state)
   checkpoints.close()
   ```
+
+  Attributes:
+    damaged: the steps that `restore` has found to be so.
   """
 
   def __init__(
@@ -74,7 +77,7 @@ class Checkpoints:
     self._manager = self._open()
     self._saving: int | None = None  # the step that Orbax has been given and that has no sums yet
     self._failed = False  # a save has
-    self._damaged: set[int] = set()  # found by `restore`
+    self.damaged: set[int] = set()
 
   def steps(self) -> list[int]:
     """The steps that are committed, good or not, oldest first."""
@@ -170,7 +173,7 @@ class Checkpoints:
           return state, n
       logging.error('checkpoint %d in %s is damaged: %s', n, self._folder, why)
       damage[n] = why
-      self._damaged.add(n)
+      self.damaged.add(n)
     if step is not None:
       others = [n for n in steps if n != step]
       raise UserError(
@@ -181,7 +184,8 @@ class Checkpoints:
       newest = max(damage)
       raise UserError(
         f'every checkpoint in {self._folder} is damaged ({_some(sorted(damage))}; '
-        f'{newest}: {damage[newest]}); copy a good one there, or train in another --workdir'
+        f'{newest}: {damage[newest]}); copy a good one there, from best/ or unreadable/ '
+        'beside it if they have one, or train in another --workdir'
       )
     return None
 
@@ -193,7 +197,7 @@ class Checkpoints:
     Not for evaluation.
     """
     self._finish()
-    unwanted = self._damaged.union(others)
+    unwanted = self.damaged.union(others)
     self._set_aside([n for n in self.steps() if n > newer_than or n in unwanted])
 
   def wait(self) -> None:
@@ -366,7 +370,7 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('checkpoints set aside')
     self._manager = self._open(remove_leftovers=True)
-    self._damaged.clear()
+    self.damaged.clear()
 
 
 @dataclasses.dataclass(frozen=True)

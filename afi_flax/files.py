@@ -61,6 +61,14 @@ def exists(path: Path) -> bool:
     return blob(path).exists() or bool(names(path))
 
 
+def is_file(path: Path) -> bool:
+  """Whether it is a file that can be read; a folder is none."""
+  if not in_bucket(path):
+    return path.is_file()
+  with os_errors(path):
+    return blob(path).exists()
+
+
 def read(path: Path) -> bytes:
   """The whole file."""
   if not in_bucket(path):

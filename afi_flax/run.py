@@ -5,7 +5,6 @@ import dataclasses
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -154,9 +153,16 @@ def check_same_data(dataset: config_lib.Dataset, num_eval: int) -> None:
 
 
 def restore(
-  folder: Workdir, abstract: state_lib.TrainState, checkpoint: str
+  folder: Workdir, abstract: state_lib.TrainState, checkpoint: str, or_older: bool = False
 ) -> tuple[state_lib.TrainState, int]:
-  """The state of the 'last', the 'best' or a numbered checkpoint, and its step."""
+  """The state of the 'last', the 'best' or a numbered checkpoint, and its step.
+
+  Args:
+    folder: of the run.
+    abstract: shapes, dtypes and shardings of the state.
+    checkpoint: which one.
+    or_older: where the last one is damaged, whether the newest good one will do.
+  """
   if checkpoint not in ('last', 'best') and not checkpoint.isdecimal():
     raise UserError(f'checkpoint {checkpoint!r} must be last, best or the number of a step')
   step = int(checkpoint) if checkpoint.isdecimal() else None
@@ -171,47 +177,13 @@ def restore(
       there = ', '.join(map(str, sorted({*last_steps, *best_steps}))) or 'none'
       raise UserError(f'no checkpoint of step {step} in {folder.folder}; there are: {there}')
     only_best = step in best_steps and step not in last_steps
-    found = (best if checkpoint == 'best' or only_best else checkpoints).restore(abstract, step)
+    chosen = best if checkpoint == 'best' or only_best else checkpoints
+    found = chosen.restore(abstract, step)
   if found is None:
     raise UserError(f'no checkpoint in {place}: the run ended before it saved one')
+  if chosen.damaged and not or_older:
+    raise UserError(
+      f'checkpoint {max(chosen.damaged)} in {place} is damaged, as the log says; the newest good '
+      f'one has the number {found[1]}: give that'
+    )
   return found
-
-
-def initial_state(
-  plan: config_lib.Plan,
-  mesh: Mesh,
-  checkpoints: Checkpoints,
-  initial: state_lib.Initial,
-  rolling_back: bool,
-) -> tuple[state_lib.TrainState, str]:
-  """Where a run starts: in its own folder, else by run.resume, by run.init_from, or from scratch.
-
-  Args:
-    plan: of the run.
-    mesh: where the state will be.
-    checkpoints: of the run's folder.
-    initial: the state from scratch.
-    rolling_back: whether only one that every such run has will do.
-
-  Returns:
-    The state, and in words where it is from.
-  """
-  if found := checkpoints.restore(initial.abstract, on_schedule=rolling_back):
-    return found[0], f'resumed at step {found[1]}'
-  if plan.run.resume:
-    state, step = restore(Workdir(plan.run.resume), initial.abstract, 'last')
-    return state, f'goes on from step {step} of {plan.run.resume}'
-  state = initial.state()
-  if plan.run.init_from:
-    other = load_run(plan.run.init_from, mesh=mesh)
-    if jax.tree.map(jnp.shape, other.variables) != jax.tree.map(jnp.shape, state.variables):
-      raise UserError(
-        f'run.init_from {plan.run.init_from} holds {other.plan.model.name!r} of '
-        f'{len(other.class_names)} classes; give a run of {plan.model.name!r} of '
-        f'{plan.model.num_classes} classes'
-      )
-    copy = jax.tree.map(jnp.copy, other.variables)  # the step frees params and ema one by one
-    ema = copy if state.ema is not None else None
-    state = state.replace(**other.variables, ema=ema)
-    return state, f'starts with the weights of step {other.step} of {plan.run.init_from}'
-  return state, 'starts from scratch'

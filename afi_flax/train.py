@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from afi_flax import config as config_lib
-from afi_flax import feed, metrics, models, nonfinite, optim, report, run, sharding, speed
+from afi_flax import feed, metrics, models, nonfinite, optim, report, sharding, speed, start
 from afi_flax import state as state_lib
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.data import sources
@@ -131,7 +131,7 @@ class _Pass:
     self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(parts.mesh))
     self._rate = optim.schedule(plan.optim)
     initial = self._begin()
-    self._state, self._origin = run.initial_state(
+    self._state, self._origin = start.initial_state(
       plan, parts.mesh, parts.checkpoints, initial, rolling_back=past > 0
     )
     if past:
@@ -159,11 +159,8 @@ class _Pass:
 
   def _begin(self) -> state_lib.Initial:
     """Has compiled in the background what will be needed, and takes longest of a start."""
-    parts, plan, whole = self._parts, self._plan, sharding.replicated(self._parts.mesh)
-    ema = plan.step.regularisation.ema_decay > 0
-    initial = state_lib.Initial(
-      parts.model, parts.optimizer, plan.data.image_size, plan.seed, whole, ema
-    )
+    parts, plan = self._parts, self._plan
+    initial = start.make_initial(plan, parts.model, parts.optimizer, parts.mesh)
     there = parts.checkpoints.steps()
     if not there and not plan.run.resume:
       initial.compile()

@@ -85,7 +85,9 @@ def base() -> ml_collections.ConfigDict:
   # What may differ when a run is resumed, since its result does not depend on it where all is well.
   config.run = ml_collections.ConfigDict()
   config.run.resume = ''  # another run's folder to go on from, when this one's is new
-  config.run.init_from = ''  # another run's folder whose weights are where this one starts
+  # Whose weights are where this one starts: another run's folder, or a file of timm, torchvision or
+  # ours (.safetensors; .pth with PyTorch). A plain network's can start one with AFI.
+  config.run.init_from = ''
   config.run.workers = 0  # processes that decode pictures; 0: threads
   config.run.max_steps = 0  # ends early, with the schedule of the whole run; 0: off
   config.run.log_every_steps = 100

@@ -27,7 +27,9 @@ from afi_flax.models.resnet import BasicBlock, Bottleneck, ResNet
 
 __all__ = [
   'AFI',
+  'Form',
   'create_model',
+  'form',
   'fusion_weights',
   'image_size',
   'list_models',
@@ -123,11 +125,18 @@ BACKBONES: dict[str, Backbone] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
-  """A name of the zoo, taken apart."""
+class Form:
+  """A name of the zoo, taken apart.
+
+  Attributes:
+    backbone: the plain network's name.
+    setting: '', 'half' or 'full': plain, AFI, AFI-B.
+    block_attention: '' or which one is on every block's output.
+    fusion_attention: '' or which one is on the result of AFI.
+  """
 
   backbone: str
-  setting: str = ''  # '', 'half' or 'full': plain, AFI, AFI-B
+  setting: str = ''
   block_attention: str = ''
   fusion_attention: str = ''
 
@@ -140,17 +149,17 @@ class _Form:
 
 
 @functools.cache
-def _forms() -> dict[str, _Form]:
+def _forms() -> dict[str, Form]:
   """All names."""
   forms = []
   for backbone, entry in BACKBONES.items():
     if not entry.blocks:
-      forms.append(_Form(backbone))
+      forms.append(Form(backbone))
       continue
-    forms += [_Form(backbone, '', block_attention) for block_attention in ('', *ATTENTIONS)]
+    forms += [Form(backbone, '', block_attention) for block_attention in ('', *ATTENTIONS)]
     for block_attention in ('', 'se'):
       for setting, after in itertools.product(('half', 'full'), ('', *ATTENTIONS)):
-        forms.append(_Form(backbone, setting, block_attention, after))
+        forms.append(Form(backbone, setting, block_attention, after))
   return {form.name: form for form in forms}
 
 
@@ -166,18 +175,28 @@ def list_models(pattern: str = '*') -> list[str]:
   return sorted(fnmatch.filter(_forms(), pattern))
 
 
-def image_size(name: str) -> int:
-  """Side of the pictures that the network is made for, in pixels: 32 or 224."""
+def form(name: str) -> Form:
+  """What a name says.
+
+  >>> form('afi_se_resnet50_b')
+  Form(backbone='resnet50', setting='full', block_attention='se', fusion_attention='')
+
+  Raises:
+    UserError: there is no such network.
+  """
   if name not in _forms():
     raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
-  return BACKBONES[_forms()[name].backbone].image_size
+  return _forms()[name]
+
+
+def image_size(name: str) -> int:
+  """Side of the pictures that the network is made for, in pixels: 32 or 224."""
+  return BACKBONES[form(name).backbone].image_size
 
 
 def residual_blocks(name: str) -> int:
   """Blocks, over all stages, for `keep` of a network's call; 0: it has no residual branches."""
-  if name not in _forms():
-    raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
-  backbone = BACKBONES[_forms()[name].backbone]
+  backbone = BACKBONES[form(name).backbone]
   return sum(backbone.blocks) if backbone.residual else 0
 
 
@@ -220,21 +239,19 @@ def create_model(
   Raises:
     UserError: unknown name, or an argument that has no meaning for the network.
   """
-  if name not in _forms():
-    raise unknown('model', name, _forms(), 'See afi_flax.models.list_models().')
-  form = _forms()[name]
-  backbone = BACKBONES[form.backbone]
-  _check_remat(form, backbone, remat)
-  if se_bias and form.block_attention != 'se':
+  named = form(name)
+  backbone = BACKBONES[named.backbone]
+  _check_remat(named, backbone, remat)
+  if se_bias and named.block_attention != 'se':
     raise UserError(f'model.se_bias has no meaning for {name!r}: no SE on its blocks; use se_...')
   if dtype not in DTYPES:
     raise unknown('model.dtype', dtype, DTYPES)
   if num_classes < 1:
     raise UserError(f'num_classes {num_classes} must be 1 or more')
-  attention = ATTENTIONS[form.block_attention] if form.block_attention else None
+  attention = ATTENTIONS[named.block_attention] if named.block_attention else None
   return backbone.make(
     num_classes=num_classes,
-    fusions=_fusions(form, backbone, stages),
+    fusions=_fusions(named, backbone, stages),
     attention=functools.partial(attention, use_bias=True) if se_bias else attention,
     dtype=dtype,
     remat=remat,
@@ -243,7 +260,7 @@ def create_model(
 
 
 def _fusions(
-  form: _Form, backbone: Backbone, stages: Sequence[int] | None
+  form: Form, backbone: Backbone, stages: Sequence[int] | None
 ) -> tuple[Fusion | None, ...]:
   if isinstance(stages, int):
     raise UserError(f'model.stages {stages} must be a tuple; use ({stages},)')
@@ -271,7 +288,7 @@ def _fusions(
   return tuple(fusion if i in chosen else None for i in every)
 
 
-def _check_remat(form: _Form, backbone: Backbone, remat: str) -> None:
+def _check_remat(form: Form, backbone: Backbone, remat: str) -> None:
   if remat not in REMATS:
     raise unknown('model.remat', remat, REMATS)
   if remat != 'none' and not backbone.blocks:

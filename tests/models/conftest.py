@@ -1,13 +1,19 @@
 """Prints what the tests of parity measured."""
 
+_MEASURED = {
+  'parity': 'largest absolute difference of the logits from PyTorch',
+  'imported': 'largest absolute difference of the logits after an import, running statistics',
+}
+
 
 def pytest_terminal_summary(terminalreporter):
   """A row for every network: the largest absolute differences of its logits."""
   reports = [r for key in ('passed', 'failed') for r in terminalreporter.getreports(key)]
-  rows = [value for r in reports for key, value in r.user_properties if key == 'parity']
-  if rows:
-    terminalreporter.section('largest absolute difference of the logits from PyTorch')
-    terminalreporter.line(' | '.join(rows[0]))
-  for row in rows:
-    cells = [f'{x:.1e}' if isinstance(x, float) else x for x in row.values()]
-    terminalreporter.line(' | '.join(cells))
+  for measured, title in _MEASURED.items():
+    rows = [value for r in reports for key, value in r.user_properties if key == measured]
+    if rows:
+      terminalreporter.section(title)
+      terminalreporter.line(' | '.join(rows[0]))
+    for row in rows:
+      cells = [f'{x:.1e}' if isinstance(x, float) else x for x in row.values()]
+      terminalreporter.line(' | '.join(cells))

@@ -24,8 +24,6 @@ multiplied by (n - 1) / n before its logits are compared with ours.
 
 import dataclasses
 import functools
-import importlib
-import re
 from collections.abc import Callable
 
 import jax
@@ -35,167 +33,54 @@ import pytest
 from flax import traverse_util
 
 from afi_flax import config, losses, optim
+from afi_flax.interop import weights
+from afi_flax.interop.names import DENSENET, MOBILENETV2_TIMM, RESNET, SHUFFLENETV2, Names
 from afi_flax.models import create_model
 
-CURE = '`make parity` installs what fits together and runs these tests'
-torch = pytest.importorskip('torch', reason=f'PyTorch is not installed: {CURE}')
+torch = pytest.importorskip(
+  'torch', reason='PyTorch is not installed: `make parity` installs it and runs these tests'
+)
 
 from tests.models import torch_networks  # noqa: E402, it imports torch
+from tests.models.random_torch import BATCH, pictures, randomise, required  # noqa: E402, likewise
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation 1
 LEARNING_RATE = 0.0002
 NUM_CLASSES = 100
-BATCH = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-  """What a family of PyTorch networks calls the modules of ours.
-
-  Attributes:
-    block: a block's name, with the numbers of its stage and of itself in the stage.
-    first: the numbers of the first stage and of a stage's first block; ours are 1.
-    inside: in a block, PyTorch's name -> ours, each followed by what is the same in both.
-    outside: the same for what is in no block.
-    ours: a block of ours, with its two numbers.
-  """
-
-  block: str
-  first: tuple[int, int]
-  inside: dict[str, str]
-  outside: dict[str, str]
-  ours: str = 'stage{}_block{}/'
-
-  def path(self, module: str) -> str:
-    """PyTorch's name of a module -> its path in our variables."""
-    match = re.match(self.block, module)
-    if not match:
-      return _renamed(module, self.outside)
-    numbers = [int(n) + 1 - first for n, first in zip(match.groups(), self.first, strict=True)]
-    return self.ours.format(*numbers) + _renamed(module[match.end() :], self.inside)
-
-
-def _renamed(module: str, names: dict[str, str]) -> str:
-  for theirs, ours in names.items():
-    if module == theirs or module.startswith(f'{theirs}.'):
-      return ours + module.removeprefix(theirs).replace('.', '/')
-  raise KeyError(f'no name for {module}')
-
-
-RESNET = Names(
-  r'layer(\d)\.(\d+)\.',
-  (1, 0),
-  {
-    **{f'conv{i}': f'conv{i}/conv' for i in (1, 2, 3)},
-    **{f'bn{i}': f'conv{i}/bn' for i in (1, 2, 3)},
-    'downsample.0': 'shortcut/conv',
-    'downsample.1': 'shortcut/bn',
-    'se.fc1': 'attention/reduce',
-    'se.fc2': 'attention/expand',
-  },
-  {'conv1': 'stem/conv', 'bn1': 'stem/bn', 'fc': 'head/dense'},
-)
-MOBILENETV2 = Names(
-  r'blocks\.([1-6])\.(\d)\.',
-  (0, 0),
-  {
-    'conv_pw': 'expand/conv',
-    'bn1': 'expand/bn',
-    'conv_dw': 'depthwise/conv',
-    'bn2': 'depthwise/bn',
-    'conv_pwl': 'project/conv',
-    'bn3': 'project/bn',
-  },
-  {
-    'conv_stem': 'stem/conv',
-    'bn1': 'stem/bn',
-    'blocks.0.0.conv_dw': 'stage1_block1/depthwise/conv',  # which has no expansion
-    'blocks.0.0.bn1': 'stage1_block1/depthwise/bn',
-    'blocks.0.0.conv_pw': 'stage1_block1/project/conv',
-    'blocks.0.0.bn2': 'stage1_block1/project/bn',
-    'conv_head': 'last/conv',
-    'bn2': 'last/bn',
-    'classifier': 'head/dense',
-  },
-)
-SHUFFLENETV2 = Names(
-  r'stage(\d)\.(\d)\.',
-  (2, 0),
-  {
-    'branch1.0': 'left_depthwise/conv',
-    'branch1.1': 'left_depthwise/bn',
-    'branch1.2': 'left_conv/conv',
-    'branch1.3': 'left_conv/bn',
-    'branch2.0': 'conv1/conv',
-    'branch2.1': 'conv1/bn',
-    'branch2.3': 'depthwise/conv',
-    'branch2.4': 'depthwise/bn',
-    'branch2.5': 'conv2/conv',
-    'branch2.6': 'conv2/bn',
-  },
-  {
-    'conv1.0': 'stem/conv',
-    'conv1.1': 'stem/bn',
-    'conv5.0': 'last/conv',
-    'conv5.1': 'last/bn',
-    'fc': 'head/dense',
-  },
-)
-DENSENET = Names(
-  r'features\.denseblock(\d)\.denselayer(\d+)\.',
-  (1, 1),
-  {'norm1': 'bn/bn', 'conv1': 'conv1/conv', 'norm2': 'conv1/bn', 'conv2': 'conv2'},
-  {
-    'features.conv0': 'stem/conv',
-    'features.norm0': 'stem/bn',
-    **{f'features.transition{i}.norm': f'transition{i}_bn/bn' for i in (1, 2, 3)},
-    **{f'features.transition{i}.conv': f'transition{i}_conv' for i in (1, 2, 3)},
-    'features.norm5': 'last_bn/bn',
-    'classifier': 'head/dense',
-  },
-  'stage{}_layer{}_',
-)
 
 
 def transcription_names(**inside: str) -> Names:
-  """Of `torch_networks`; `inside`: what this family's blocks call their convolutions."""
+  """Of `torch_networks`; `inside`: what this family's blocks call our convolutions."""
   fuse = {
-    'afi.w1': 'fuse/afi/reduce',
-    'afi.w2': 'fuse/afi/expand',
-    'afi.attention.conv': 'fuse/attention/channels',
-    'afi.attention.spatial': 'fuse/attention/space',
-    'afi.attention': 'fuse/attention',
+    'fuse/afi/reduce': 'afi.w1',
+    'fuse/afi/expand': 'afi.w2',
+    'fuse/attention/channels': 'afi.attention.conv',
+    'fuse/attention/space': 'afi.attention.spatial',
+    'fuse/attention': 'afi.attention',
   }
-  theirs = {name.replace('_', '.'): ours for name, ours in inside.items()}
-  outside = {'stem.conv1': 'stem', 'conv_last': 'last', 'fc': 'head/dense'}
-  return Names(r'stages\.(\d)\.blocks\.(\d)\.', (0, 0), {**theirs, **fuse}, outside)
+  return Names(
+    'torch_networks',
+    lambda stage, block: f'stages.{stage - 1}.blocks.{block - 1}.',
+    inside | fuse,
+    {'stem': 'stem.conv1', 'last': 'conv_last', 'head/dense': 'fc'},
+  )
 
 
 OUR_RESNET = transcription_names(
-  first='conv1', then_conv2='conv2', then_conv3='conv3', shortcut='shortcut'
+  conv1='first', conv2='then.conv2', conv3='then.conv3', shortcut='shortcut'
 )
 OUR_MOBILENETV2 = transcription_names(
-  first='expand', then_conv2='depthwise', then_conv3='project', shortcut='shortcut'
+  expand='first', depthwise='then.conv2', project='then.conv3', shortcut='shortcut'
 )
 OUR_SHUFFLENETV2 = transcription_names(
-  first='conv1',
-  then_conv2='depthwise',
-  then_conv3='conv2',
-  left_conv1='left_depthwise',
-  left_conv2='left_conv',
+  conv1='first',
+  depthwise='then.conv2',
+  conv2='then.conv3',
+  left_depthwise='left.conv1',
+  left_conv='left.conv2',
 )
-
-
-def required(package: str):
-  """The imported package; the test skips where it is absent or does not load."""
-  try:
-    return importlib.import_module(package)
-  except ModuleNotFoundError as error:  # the package, or what it needs
-    pytest.skip(f'{error.name} is not installed: {CURE}')
-  except RuntimeError as error:  # torchvision beside another build of PyTorch than its own
-    pytest.skip(f'{package} does not load beside PyTorch {torch.__version__} ({error}): {CURE}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +138,7 @@ CASES = {
   'resnext50_32x4d': torchvision_case('resnext50_32x4d', RESNET),
   'shufflenetv2_x1_0': torchvision_case('shufflenet_v2_x1_0', SHUFFLENETV2),
   'densenet121': torchvision_case('densenet121', DENSENET),
-  'mobilenetv2': timm_case('mobilenetv2_100', MOBILENETV2),
+  'mobilenetv2': timm_case('mobilenetv2_100', MOBILENETV2_TIMM),
   'se_resnet50': timm_case('seresnet50', RESNET, se_bias=True),
   'afi_resnet50': Case(
     'transcription',
@@ -282,59 +167,20 @@ CASES = {
 }
 
 
-def pictures(size: int) -> torch.Tensor:
-  """[BATCH,3,size,size] of random contrast and colour, so that the logits tell them apart."""
-  contrast = 0.5 + torch.rand(BATCH, 3, 1, 1)
-  return contrast * torch.randn(BATCH, 3, size, size) + torch.randn(BATCH, 3, 1, 1)
-
-
-def randomise(network: torch.nn.Module, images: torch.Tensor) -> None:
-  """Leaves nothing at an initial value, but every activation at a usual size."""
-  norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-  for norm in norms:
-    torch.nn.init.uniform_(norm.weight, 0.5, 1.2)
-    norm.bias.copy_(norm.weight * (2 + torch.rand_like(norm.bias)))
-    norm.momentum = 1.0
-  for name, weight in network.named_parameters():
-    if name.endswith(('afi.w1.weight', 'afi.w2.weight')):
-      weight *= 4  # so that the sources' weights differ
-  network.train()(images)  # running statistics <- those of the batch
-  for norm in norms:
-    norm.momentum = 0.1
-    norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
-    norm.running_var *= 0.7 + 0.6 * torch.rand_like(norm.running_var)
-  classifier = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
-  logits = network.eval()(images)
-  scale = 1 / (logits - logits.mean(0)).std()
-  classifier.weight *= scale
-  classifier.bias.copy_((classifier.bias - logits.mean(0)) * scale)
-
-
-def transplanted(network: torch.nn.Module, names: Names) -> dict:
-  """The network's variables as ours, in NumPy."""
-  leaves = {'running_mean': 'mean', 'running_var': 'var', 'bias': 'bias'}
-  flat = {}
-  for name, tensor in network.state_dict().items():
-    module, leaf = name.rsplit('.', 1)
-    if leaf == 'num_batches_tracked':
-      continue
-    collection = 'batch_stats' if leaf.startswith('running') else 'params'
-    value = tensor.numpy().copy()
-    path = names.path(module)
-    if leaf == 'weight' and value.ndim == 1:
-      leaf = 'scale'
-    elif leaf == 'weight':
-      leaf, value = 'kernel', np.moveaxis(value, (0, 1), (-1, -2))  # [out,in,...] -> [...,in,out]
-    if path.endswith(('/reduce', '/expand')) and value.ndim == 4:  # timm's SE: 1x1 convolutions
-      value = value[0, 0]
-    key = (collection, *path.split('/'), leaves.get(leaf, leaf))
-    assert key not in flat, f'{key} comes twice'
-    flat[key] = value
-  return traverse_util.unflatten_dict(flat)
-
-
-def shapes(tree: dict) -> dict:
-  return {path: x.shape for path, x in traverse_util.flatten_dict(tree).items()}
+def transplanted(network: torch.nn.Module, names: Names, shapes: dict) -> dict:
+  """The network's variables as ours, in NumPy; `shapes`: of ours, by path."""
+  theirs = {
+    name: tensor.numpy().copy()
+    for name, tensor in network.state_dict().items()
+    if not name.endswith('num_batches_tracked')
+  }
+  ours = {names.of(path): path for path in shapes}
+  assert theirs.keys() == ours.keys()
+  assert len(ours) == len(shapes)
+  for name, path in ours.items():
+    assert theirs[name].shape in weights.to_torch(path, shapes[path]), name
+  flat = {p: weights.from_torch(p, theirs[name], shapes[p]) for name, p in ours.items()}
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def make_optimiser():
@@ -399,9 +245,9 @@ def compared(case: Case, model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   with torch.no_grad():
     randomise(network, images)
   x, y = jnp.asarray(images.numpy().transpose(0, 2, 3, 1)), jnp.asarray(labels.numpy())
-  variables = transplanted(network, case.names)
   initial = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-  assert shapes(variables) == shapes(initial)
+  shapes = {path: leaf.shape for path, leaf in weights.flat(initial).items()}
+  variables = transplanted(network, case.names, shapes)
 
   evaluate = jax.jit(lambda variables: model.apply(variables, x, train=False))
   step = jax.jit(functools.partial(flax_step, model))
