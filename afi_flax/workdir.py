@@ -8,6 +8,7 @@ curves.png      the picture of them
 checkpoints/    the last ones            best/      the best one by evaluation
 unreadable/     checkpoints that could not be read, or that a resumed run left behind
 events/         TensorBoard              profile/   XProf
+export/         the network in other formats, a folder each
 lock            held by the run that trains here
 
 The folder may be one in a bucket. What grows line by line is then written to a temporary folder of
@@ -99,6 +100,10 @@ class Workdir:
   @property
   def profile(self) -> files.Path:
     return self._written / 'profile'
+
+  @property
+  def exports(self) -> files.Path:
+    return self.folder / 'export'
 
   @contextlib.contextmanager
   def open_for_training(

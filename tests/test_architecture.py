@@ -61,9 +61,8 @@ OUTSIDE = {
     'numpy', 'absl', 'cv2', 'PIL', 'simplejpeg', 'sklearn', 'tensorflow_datasets',
   },
 }  # fmt: skip
-
-# What only some work needs, which imports it when it begins.
-OPTIONAL = {('interop/state_dicts.py', 'torch')}
+# What only an extra installs, and one file imports, inside a function.
+EXTRAS = {'interop/savedmodel.py': {'tensorflow'}, 'interop/state_dicts.py': {'torch'}}
 
 
 def imports(path):
@@ -98,7 +97,7 @@ def test_arrows(path):
       assert wanted <= ALLOWED.get(here, TOP), f'{here} must not import {wanted}'
     elif here in OUTSIDE and top not in sys.stdlib_module_names:
       assert top in OUTSIDE[here], f'{here} must not import {top}'
-    if (str(path.relative_to(PACKAGE)), top) not in OPTIONAL:
+    if top not in EXTRAS.get(str(path.relative_to(PACKAGE)), ()):
       assert top not in ('tensorflow', 'torch'), 'never at run time'
 
 

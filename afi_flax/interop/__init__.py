@@ -1,1 +1,1 @@
-"""Weights from elsewhere."""
+"""Doors to other tools: weights that come from them, and networks that go there."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from afi_flax.models.layers import BNReLU, ConvBN, Dtype, Head, conv
+from afi_flax.models.layers import BNReLU, ConvBN, Dtype, Head, conv, stem_pool
 
 Array = jax.Array
 
@@ -36,12 +36,12 @@ class DenseNet(nn.Module):
     """[B,H,W,3], normalised -> logits f32 [B,K], or the last map of every dense block."""
     maps = []
     x = ConvBN(2 * self.growth, 7, 2, dtype=self.dtype, name='stem')(x.astype(self.dtype), train)
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    x = stem_pool(x)
     for i, num_layers in enumerate(self.blocks, start=1):
       if i > 1:
         x = BNReLU(self.dtype, name=f'transition{i - 1}_bn')(x, train)
         x = conv(x.shape[-1] // 2, 1, dtype=self.dtype, name=f'transition{i - 1}_conv')(x)
-        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
       for k in range(1, num_layers + 1):
         name = f'stage{i}_layer{k}'
         y = BNReLU(self.dtype, name=f'{name}_bn')(x, train)

@@ -188,7 +188,7 @@ def fit(x: Array, size: tuple[int, int], channels: int) -> Array:
   """
   x = x[..., :channels]
   if x.shape[1:3] != size:
-    x = nn.avg_pool(x, (2, 2), strides=(2, 2), padding='SAME', count_include_pad=False)
+    x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2), padding='SAME', count_include_pad=False)
   if x.shape[-1] < channels:
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
   return x

@@ -6,7 +6,9 @@ one (divided by n, as in Flax; PyTorch keeps the unbiased one in its running var
 Dense: uniform within 1 / sqrt(fan in).
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ Dtype = Any
 
 EPSILON = 1e-5
 MOMENTUM = 0.9
+_plain = contextvars.ContextVar('plain', default=False)
 
 he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # Variance b^2 / 3 of a uniform distribution within b = 1 / sqrt(fan in).
@@ -109,7 +112,8 @@ def _conv_general_dilated(
 ) -> Array:
   """`jax.lax.conv_general_dilated` as `nn.Conv` calls it; of groups, `grouped_conv`."""
   x = settled(x)
-  if feature_group_count == 1:
+  if feature_group_count == 1 or _plain.get():
+    options |= {'feature_group_count': feature_group_count}
     y = jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
   else:
     y = grouped_conv(x, kernel, window_strides[0], kernel.shape[0] // 2, feature_group_count)
@@ -124,7 +128,22 @@ def settled(x: Array) -> Array:
   in an order of memory that takes ten times as long. Others fuse such work into convolutions.
   It needs the options of `steps.compiler_options`.
   """
+  if _plain.get():
+    return x
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+  """While entered, networks are traced in the form for GPUs and TPUs, whatever they will run on.
+
+  For converters to other formats, which know nothing that depends on a platform.
+  """
+  token = _plain.set(True)
+  try:
+    yield
+  finally:
+    _plain.reset(token)
 
 
 class BatchNorm(nn.Module):
@@ -170,6 +189,14 @@ class BatchNorm(nn.Module):
     factor = scale * jax.lax.rsqrt(var + EPSILON)
     factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
     return (x * factor + offset).reshape(shape).astype(self.dtype)
+
+
+def stem_pool(x: Array) -> Array:
+  """Maxima of 3x3 pixels, stride 2, padded by 1: x [B,H,W,C], at least 0, as it is after ReLU."""
+  if _plain.get():  # jax2onnx takes no notice of explicit padding
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
+  return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def global_average(x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 
 from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage, scale_branch
-from afi_flax.models.layers import ConvBN, Dtype, Head
+from afi_flax.models.layers import ConvBN, Dtype, Head, stem_pool
 
 Array = jax.Array
 
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
       x = ConvBN(self.stem_width, self.stem_kernel, dtype=self.dtype, name='stem')(x, train)
     else:
       x = ConvBN(self.stem_width, 7, 2, dtype=self.dtype, name='stem')(x, train)
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+      x = stem_pool(x)
     for i, (num_blocks, width, fusion) in enumerate(
       zip(self.blocks, self.widths, self.fusions, strict=True), start=1
     ):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage
-from afi_flax.models.layers import ConvBN, Dtype, Head
+from afi_flax.models.layers import ConvBN, Dtype, Head, stem_pool
 
 Array = jax.Array
 
@@ -97,7 +97,7 @@ class ShuffleNetV2(nn.Module):
     maps, x = [], x.astype(self.dtype)
     x = ConvBN(24, 3, 1 if self.cifar else 2, dtype=self.dtype, name='stem')(x, train)
     if not self.cifar:
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+      x = stem_pool(x)
     *stages, last = self.widths
     for i, (n, channels, fusion) in enumerate(
       zip(BLOCKS, stages, self.fusions, strict=True), start=1

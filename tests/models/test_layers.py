@@ -70,3 +70,21 @@ def test_batch_norm_of_parts_normalises_each_by_itself():
   np.testing.assert_allclose(got, jnp.concatenate([y for y, _ in parts]), rtol=1e-5, atol=1e-6)
   mean = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *[s for _, s in parts])
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), updated, mean)
+
+
+def test_plain_forms_know_no_platform():
+  """As other formats want them: nothing but the convolution that GPUs and TPUs get."""
+  conv = layers.conv(8, 3, groups=4)
+  x = jnp.ones([1, 4, 4, 8])
+  variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+
+  def operations():
+    return str(jax.make_jaxpr(conv.apply)(variables, x))
+
+  assert 'platform_index' in operations()
+  with layers.plain_forms():
+    plain = operations()
+  for word in ('platform_index', 'cond', 'custom_vjp', 'optimization_barrier'):
+    assert word not in plain
+  assert 'feature_group_count=4' in plain
+  assert 'platform_index' in operations()
