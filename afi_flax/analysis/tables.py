@@ -1,6 +1,7 @@
 """Rows of a table: aligned text for a terminal, JSON and CSV for machines."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -75,11 +76,18 @@ def replace_row(row: Row, path: str, keys: Sequence[str]) -> None:
 
 def write_csv(rows: Sequence[Row], path: str) -> None:
   """A header with the keys of all rows, and one line a row; nothing for a key it does not have."""
-  keys = list(dict.fromkeys(key for row in rows for key in row))
   with _open(path, 'w', newline='') as file:
-    writer = csv.DictWriter(file, keys, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+    file.write(as_csv(rows))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+  """What `write_csv` writes."""
+  keys = list(dict.fromkeys(key for row in rows for key in row))
+  file = io.StringIO(newline='')
+  writer = csv.DictWriter(file, keys, lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return file.getvalue()
 
 
 def _open(path: str, mode: str, **arguments) -> IO[str]:

@@ -1,0 +1,69 @@
+import dataclasses
+import types
+
+import pytest
+
+from afi_flax.analysis import explain
+from afi_flax.errors import UserError
+
+
+def run(name='resnet20', classes=('a', 'b'), stages=None, dataset='digits'):
+  """What is asked of a run before the work."""
+  plan = types.SimpleNamespace(
+    model=types.SimpleNamespace(name=name, stages=stages),
+    data=types.SimpleNamespace(eval_dataset=dataset),
+  )
+  return types.SimpleNamespace(plan=plan, class_names=classes)
+
+
+@pytest.mark.parametrize(
+  ('runs', 'labels'),
+  [
+    ([run('resnet20'), run('afi_resnet20')], ['resnet20', 'afi_resnet20']),
+    ([run(), run()], ['resnet20 (x/a)', 'resnet20 (b)']),
+    ([run('afi_x'), run('afi_x', stages=(1, 3))], ['afi_x', 'afi_x, AFI in stage 1+3']),
+    ([run()], ['resnet20']),
+  ],
+)
+def test_runs_are_told_apart(runs, labels):
+  assert explain._labels(runs, ['x/a', 'b/'][: len(runs)]) == labels
+
+
+def test_a_run_beside_itself():
+  assert explain._labels([run(), run()], ['a', 'a']) == ['resnet20 (a), baseline', 'resnet20 (a)']
+
+
+def test_runs_must_go_together():
+  explain._check_alike(run(), run('afi_resnet20'))
+  with pytest.raises(UserError, match="class 1 is 'c' there and 'b' here"):
+    explain._check_alike(run(classes=('a', 'c')), run())
+  with pytest.raises(UserError, match='3 there and 2 here'):
+    explain._check_alike(run(classes=('a', 'b', 'c')), run())
+  with pytest.raises(UserError, match="'cifar10' and --workdir on 'digits'"):
+    explain._check_alike(run(dataset='cifar10'), run())
+
+
+def test_where_it_is_written():
+  request = explain.Request('runs/a')
+  assert str(explain._folder(request)) == 'runs/a/explain'
+  assert str(explain._folder(dataclasses.replace(request, out='b'))) == 'b'
+  bucket = dataclasses.replace(request, workdir='gs://x/a')
+  assert str(explain._folder(dataclasses.replace(bucket, out='b'))) == 'b'
+  with pytest.raises(UserError, match='in a bucket; add --out'):
+    explain._folder(bucket)
+  with pytest.raises(UserError, match='--out gs://x/b must be a folder on this machine'):
+    explain._folder(dataclasses.replace(request, out='gs://x/b'))
+
+
+def test_what_an_earlier_page_left_is_replaced(tmp_path):
+  for name in ('reuse.png', 'selectivity_stage4.png', 'gap.csv', 'mine.png', 'index.html'):
+    (tmp_path / name).write_text('old')
+  explain._write(tmp_path, {'gap.png': b'new', 'index.html': b'new'})
+  found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+  assert found == {'mine.png': 'old', 'gap.png': 'new', 'index.html': 'new'}
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=r'cannot write to .*/file/x: .*--out'):
+    explain._make(tmp_path / 'file' / 'x')
