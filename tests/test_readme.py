@@ -1,10 +1,11 @@
-"""The README's Python runs, and its commands name flags, configs and make targets that exist."""
+"""The Python of the README and the guides runs; their commands name what exists."""
 
 import importlib
 import itertools
 import pathlib
 import re
 import shlex
+import types
 
 import jax
 import pytest
@@ -15,14 +16,31 @@ from afi_flax.config import resolve
 from afi_flax.models import create_model
 
 README = pathlib.Path('README.md').read_text()
-PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+GUIDES = sorted(pathlib.Path('docs').glob('*.md'))
+
+
+def blocks(text: str, language: str) -> list[str]:
+  return re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)
+
+
+# The README's blocks stand each for itself; those of a guide go on with one another.
+PYTHON = {
+  **{f'README {i}': code for i, code in enumerate(blocks(README, 'python'))},
+  **{guide.stem: '\n'.join(blocks(guide.read_text(), 'python')) for guide in GUIDES},
+}
 # (config, variant, top-1 with or without top-5, parameters, GFLOPs) of the table of networks.
 ROWS = re.findall(
   r'^\| [^|]+ \| `configs/(\w+)\.py:?(\S*)` \| ([\d. /]+) \| ([\d,]+) \| ([\d.]+) \|',
   README,
   re.MULTILINE,
 )
-SHELL = '\n'.join(re.findall(r'```sh\n(.*?)```', README, re.DOTALL)).replace('\\\n', ' ')
+SHELL = [
+  shlex.split(line, comments=True)
+  for text in (README, *(guide.read_text() for guide in GUIDES))
+  for block in blocks(text, 'sh')
+  for line in block.replace('\\\n', ' ').splitlines()
+  if line.strip()
+]
 
 
 class FakeRun:
@@ -30,6 +48,7 @@ class FakeRun:
 
   model = create_model('resnet20', 10)
   class_names = tuple('0123456789')
+  plan = types.SimpleNamespace(model=types.SimpleNamespace(name='resnet20'))
 
   def __init__(self, workdir):
     assert workdir == 'runs/quickstart'
@@ -41,11 +60,11 @@ class FakeRun:
     return images / 255.0
 
 
-@pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
-def test_python(code, monkeypatch):
+@pytest.mark.parametrize('where', PYTHON)
+def test_python(where, monkeypatch):
   monkeypatch.setattr(afi_flax, 'load_run', FakeRun, raising=False)
   names = {'__name__': '__main__'}
-  exec(compile(code, 'README.md', 'exec'), names)
+  exec(compile(PYTHON[where], where, 'exec'), names)
   if 'MyStage' in names:
     check_a_stage_of_your_own(names['MyStage'], names['x'], names['variables']['params'])
 
@@ -62,19 +81,23 @@ def check_a_stage_of_your_own(stage, x, afi):
     assert plain[name]['Conv_1']['kernel'].shape == afi[name]['Conv_1']['kernel'].shape
 
 
-def test_configs_and_targets_exist():
-  assert len(PYTHON) == 4
-  commands = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
-  assert len(commands) > 6
+def test_what_commands_name_exists():
+  assert len(SHELL) > 20
   makefile = pathlib.Path('Makefile').read_text()
-  for command in commands:
+  for command in SHELL:
     if command[0] == 'make':
       assert f'\n{command[1]}:' in makefile
     for given, value in itertools.pairwise(command):
       if given == '--config':
         assert pathlib.Path(value.partition(':')[0]).exists(), value
-  for link in re.findall(r'\]\(([\w/.]+)\)', README):
-    assert pathlib.Path(link).exists(), link
+      if given == '-m':
+        assert pathlib.Path(value.replace('.', '/') + '.py').exists(), value
+
+
+@pytest.mark.parametrize('path', [pathlib.Path('README.md'), *GUIDES], ids=str)
+def test_links(path):
+  for link in re.findall(r'\]\(([\w/.]+)(?:#[\w-]+)?\)', path.read_text()):
+    assert (path.parent / link).exists(), link
 
 
 def test_the_table_has_all_networks_of_the_paper():
