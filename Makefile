@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all faults export-test parity bench-setup lint help
+.PHONY: quickstart test test-all faults tensorflow-test parity bench-setup lint help
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
 	@echo 'make test        the fast tests: two to three minutes on two free cores'
 	@echo 'make test-all    all tests'
 	@echo 'make faults      every fault for real, kills and damage and worse, and a table of how each ended'
-	@echo 'make export-test SavedModels, loaded by TensorFlow, in an environment of its own (3 GB)'
+	@echo 'make tensorflow-test VENV=.venv-tensorflow  what needs TensorFlow, which stays in VENV (3 GB)'
 	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
 	@echo 'make bench-setup that environment alone: what the benchmarks compare with'
 	@echo 'make lint        ruff'
@@ -27,9 +27,8 @@ test-all: $(VENV)/installed-test
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault
 
-export-test:
-	$(MAKE) --no-print-directory VENV=.venv-tensorflow .venv-tensorflow/installed-tensorflow
-	.venv-tensorflow/bin/python -m pytest tests/interop/test_savedmodel.py
+tensorflow-test: $(VENV)/installed-tensorflow
+	$(BIN)/python -m pytest tests/interop/test_savedmodel.py tests/data/test_prepare.py
 
 bench-setup:
 	$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/installed-parity

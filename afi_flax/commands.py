@@ -40,14 +40,6 @@ def keep_compiled_programs() -> None:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
 
 
-def keep_compiled_programs() -> None:
-  """Lets the next start take what this one compiles, from where JAX was told to or our folder."""
-  import jax  # slow, and not every command needs it
-
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
-
-
 def _end(status: int) -> None:
   """Ends the process, also where threads are left, for which Python would wait.
 
