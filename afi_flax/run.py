@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -13,6 +14,7 @@ from afi_flax import config as config_lib
 from afi_flax import models, optim, preprocess, sharding
 from afi_flax import state as state_lib
 from afi_flax.checkpoint import Checkpoints
+from afi_flax.data import imagenet
 from afi_flax.errors import UserError
 from afi_flax.workdir import Workdir
 
@@ -57,6 +59,11 @@ class Run:
   preprocessing: Preprocessing
   step: int
   plan: config_lib.Plan
+
+  @functools.cached_property
+  def readable_names(self) -> tuple[str, ...]:
+    """The classes in words, also where the data have ids: 'tench (n01440764)'."""
+    return imagenet.readable(self.class_names)
 
 
 def load_run(

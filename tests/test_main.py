@@ -198,7 +198,6 @@ def one_line(err):
     (('--workdir', 'W', '--config', DIGITS, '--checkpoint=best'), '--checkpoint is for'),
     (('--workdir', 'W', '--config', DIGITS, '--config.epochs=x'), "epochs 'x' must be a number"),
     (('--workdir', 'W', '--config', DIGITS, '--epochs=2'), 'did you mean --config.epochs?'),
-    (('--workdir', 'W', '--config', DIGITS, '--workdr=2'), 'Did you mean: workdir'),
     (('--workdir', 'W', '--config', DIGITS, '--config.model.name.x=1'), '--config.KEY'),
     (('--workdir', 'W', '--config', DIGITS, '--coordinator=here', '--processes=2'), 'HOST:PORT'),
   ],

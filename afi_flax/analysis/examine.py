@@ -106,7 +106,7 @@ def examine(
   counts = tally.confusion.sum(axis=1)
   return Examination(
     split=spec if data.eval_dataset == data.dataset else f'{data.eval_dataset} {spec}',
-    class_names=run.class_names,
+    class_names=run.readable_names,
     examples=tally.examples,
     top1=tally.top1,
     top5=tally.top5,

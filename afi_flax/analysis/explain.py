@@ -224,7 +224,7 @@ def _grad_cam(
   request: Request, run: Run, stage: int, chosen: Sequence[Picture], explained: list[Explained]
 ) -> gallery.Part:
   captions = [
-    Caption(() if p.label is None else (run.class_names[p.label],), p.name) for p in chosen
+    Caption(() if p.label is None else (run.readable_names[p.label],), p.name) for p in chosen
   ]
   method = f'{"Grad-CAM++" if request.plus_plus else "Grad-CAM"}, stage {stage}'
   how = 'The pictures are those of --images.'
@@ -232,7 +232,7 @@ def _grad_cam(
     how = (
       f'The pictures are {len(chosen)} of {run.plan.data.eval_split}, drawn by seed {request.seed}.'
     )
-  return gallery.grad_cam(explained, captions, run.class_names, method, how)
+  return gallery.grad_cam(explained, captions, run.readable_names, method, how)
 
 
 def _mistakes(

@@ -185,7 +185,7 @@ def _named(run: Run, files: list[_File], found: Sequence[jax.Array]) -> Iterator
         f'the outputs of the network for {shown(file)} are not finite: the weights of step '
         f'{run.step} are of no use; take another --checkpoint'
       )
-    guesses = map(Guess, (run.class_names[k] for k in classes), probabilities)
+    guesses = map(Guess, (run.readable_names[k] for k in classes), probabilities)
     yield Prediction(file, () if error is not None else tuple(guesses), error)
 
 

@@ -13,6 +13,7 @@ from afi_flax.errors import UserError
 
 _VALIDATION_SIZE = 50_000
 _VALIDATION_FILE = re.compile(r'ILSVRC2012_val_(\d{8})')
+_WORDNET_ID = re.compile(r'n\d{8}')
 _REAL_URL = 'https://github.com/google-research/reassessed-imagenet'
 _V2_URL = 'https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/'
 _V2_SIZE = 10_000
@@ -29,6 +30,19 @@ def class_names() -> list[str]:
   import tensorflow_datasets as tfds
 
   return tfds.builder('imagenet2012').info.features['label'].names
+
+
+def readable(names: tuple[str, ...]) -> tuple[str, ...]:
+  """'tench (n01440764)' for 'n01440764', where they are ImageNet's classes; others as they are.
+
+  The words are the first ones of each class in the list that TFDS carries, in the order of the ids.
+  """
+  if len(names) != 1000 or not all(_WORDNET_ID.fullmatch(name) for name in names):
+    return names
+  from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
+
+  words = dict(zip(class_names(), IMAGENET_LABELS_LIST, strict=True))
+  return tuple(f'{words[n].partition(",")[0]} ({n})' if n in words else n for n in names)
 
 
 # ---- ImageNetV2: Recht et al., "Do ImageNet classifiers generalize to ImageNet?", 2019

@@ -120,7 +120,7 @@ def export_run(
     difference = _compare(network, chosen.module.load(folder))
     card = model_card.text(network, chosen.module, checkpoint, records)
     _write(folder, 'README.md', card)
-    _write(folder, 'class_names.json', json.dumps(run.class_names, indent=1) + '\n')
+    _write(folder, 'class_names.json', json.dumps(run.readable_names, indent=1) + '\n')
     contents = {'files': [*files.names(folder), MANIFEST]}
     _write(folder, MANIFEST, json.dumps(_manifest(network, form) | contents, indent=1) + '\n')
   return Export(place, run.step, difference)

@@ -54,7 +54,7 @@ def write(network: Network, folder: pathlib.Path) -> None:
   onnx.helper.set_model_props(
     model,
     {
-      'class_names': json.dumps(network.run.class_names),
+      'class_names': json.dumps(network.run.readable_names),
       'image_size': str(preprocessing.image_size),
       'resize': str(preprocessing.resize),
       'mean': json.dumps(preprocessing.mean),

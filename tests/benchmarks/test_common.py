@@ -38,5 +38,6 @@ def test_steps_are_those_of_the_recipe():
   lowered = common.train_program(config.resolve(recipe), jax.devices()[0]).lower()
   arguments = jax.tree.leaves(lowered.args_info)
   batch = [a for a in arguments if not a.donated]
-  assert [(a.shape, str(a.dtype)) for a in batch] == [((4, 32, 32, 3), 'uint8'), ((4,), 'int32')]
+  one = ((4,), 'int32')  # epoch, example; label
+  assert [(a.shape, str(a.dtype)) for a in batch] == [one, one, ((4, 32, 32, 3), 'uint8'), one]
   assert len(arguments) - len(batch) > 100

@@ -195,3 +195,14 @@ def test_labels_that_do_not_go_with_the_pictures(shared, tmp_path):
     in named[str(tmp_path / 'val' / classes[0] / 'tench.JPEG')]
   )
   assert f'has labels of 8 pictures and none of {validation_name(8)}' in str(named.values())
+
+
+def test_classes_in_words():
+  ids = tuple(imagenet.class_names())
+  words = imagenet.readable(ids)
+  assert words[0] == 'tench (n01440764)'
+  assert words[281] == 'tabby (n02123045)'
+  assert words[999] == 'toilet tissue (n15075141)'
+  assert len(set(words)) == 1000  # two of them are cranes
+  assert imagenet.readable(ids[::-1]) == words[::-1]
+  assert imagenet.readable(('cat', 'dog')) == ('cat', 'dog')
