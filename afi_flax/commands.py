@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -15,6 +16,7 @@ from absl import app, flags, logging
 from afi_flax.errors import StoppedError, UserError, unknown
 
 INTERRUPTED = 130  # exit status after a second Ctrl-C
+_PATIENCE = 2.0  # seconds that threads have to end with the process
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -30,6 +32,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   except StoppedError as stopped:
     print(stopped, file=sys.stderr)
     _end(stopped.status)
+  except SystemExit as done:
+    _end(done.code)
 
 
 def keep_compiled_programs() -> None:
@@ -40,15 +44,19 @@ def keep_compiled_programs() -> None:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/afi_flax/compiled'))
 
 
-def _end(status: int) -> None:
-  """Ends the process, also where threads are left, for which Python would wait.
+def _end(status: int | str | None) -> None:
+  """Ends the process, also where threads do not end, for which Python would wait.
 
-  Those of a save that failed to begin, Orbax lets wait for many minutes; and a step may still be
-  compiled in one.
+  Those of a save that failed to begin, Orbax lets wait for many minutes; a picture may be read from
+  a disk that hangs; a step may still be compiled.
   """
-  if all(t.daemon or t is threading.main_thread() for t in threading.enumerate()):
-    sys.exit(status)
-  leave(status)
+  until = time.monotonic() + _PATIENCE
+  for thread in threading.enumerate():
+    if not thread.daemon and thread is not threading.current_thread():
+      thread.join(max(0.0, until - time.monotonic()))
+      if thread.is_alive():
+        leave(status if isinstance(status, int) else int(bool(status)))
+  sys.exit(status)
 
 
 def leave(status: int) -> None:

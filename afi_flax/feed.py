@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ class HostFeed:
       sharding.replicated(mesh),
       plan.run.deterministic,
     )
-    self._compiling: Future[Compiled] | None = None
+    self._compiling: futures.Future[Compiled] | None = None
     self._program: Callable | None = None
     self._batches: Iterator[steps.Batch] = iter(())
 
@@ -122,7 +122,9 @@ class HostFeed:
     if self._program is None:
       if self._compiling is None:
         self.compile(state)
-      self._program = _wait(self._compiling, console)
+      self._program = _wait(self._compiling, console, self._give_up)
+      if self._program is None:
+        return None
       self._clock.resume()
     state, numbers = self._program(state, batch)
     self._clock.steps += 1
@@ -157,7 +159,7 @@ class DeviceFeed:
     zeros = jax.jit(lambda: jnp.zeros([on_device.WINDOW, 3]), out_shardings=whole)
     self._numbers = zeros()
     self._data_step, self._window, self._order = 0, -1, None
-    self._compiling: Future[Compiled] | None = None
+    self._compiling: futures.Future[Compiled] | None = None
 
   @property
   def compiled(self) -> bool:
@@ -195,7 +197,7 @@ class DeviceFeed:
     if self._chunks.program is None:
       if self._compiling is None:
         self.compile(state)
-      self._chunks.program = _wait(self._compiling, console)
+      self._chunks.program = _wait(self._compiling, console, lambda: False)
     self._clock.resume()
     state, self._numbers = self._chunks((state, self._numbers), first, count, *inputs)
     self._clock.steps += count
@@ -211,7 +213,7 @@ def compile_step(
   step: jax.stages.Wrapped,
   arguments: tuple,
   data_set: Sequence[jax.Array] = (),
-) -> Future[Compiled]:
+) -> futures.Future[Compiled]:
   """Traces a step, and compiles it in the background: a start has other things to do.
 
   It is compiled ahead of the first call: a later batch of another shape is an error, not a wait.
@@ -246,9 +248,15 @@ def compile_step(
   return background.begin(finish)
 
 
-def _wait(compiling: Future[Compiled], console: report.Console) -> Callable:
+def _wait(
+  compiling: futures.Future[Compiled], console: report.Console, give_up: Callable[[], bool]
+) -> Callable | None:
+  """The program, or None where `give_up` says so before it is there."""
   if not compiling.done() and not console.has_bar:
     console.say('Compiling the training step ...')
+  while not futures.wait([compiling], timeout=0.2).done:
+    if give_up():
+      return None
   program, says = compiling.result()
   console.say(says)
   return program

@@ -21,6 +21,8 @@ from afi_flax.interop import weights
 from afi_flax.interop.transfer import Report, transfer
 from afi_flax.workdir import Workdir
 
+Taken = tuple[dict[str, np.ndarray], Report]  # arrays by path, and what became of the others
+
 
 def initial_state(
   plan: config_lib.Plan,
@@ -28,6 +30,7 @@ def initial_state(
   checkpoints: Checkpoints,
   initial: state_lib.Initial,
   rolling_back: bool,
+  taken: Taken | None = None,
 ) -> tuple[state_lib.TrainState, str]:
   """The state in the run's folder, else by run.resume, by run.init_from, or from scratch.
 
@@ -37,6 +40,7 @@ def initial_state(
     checkpoints: of the run's folder.
     initial: the state from scratch.
     rolling_back: whether only one that every such run has will do.
+    taken: what `init_from` returns, where it was read already.
 
   Returns:
     The state, and in words where it is from.
@@ -46,7 +50,7 @@ def initial_state(
   if plan.run.resume:
     state, step = run.restore(Workdir(plan.run.resume), initial.abstract, 'last', or_older=True)
     return state, f'goes on from step {step} of {plan.run.resume}'
-  state, report = _new_state(plan, mesh, initial)
+  state, report = _new_state(plan, mesh, initial, taken)
   return state, f'starts with the weights of {report}' if report else 'starts from scratch'
 
 
@@ -60,20 +64,23 @@ def make_initial(
 
 
 def _new_state(
-  plan: config_lib.Plan, mesh: Mesh, initial: state_lib.Initial
+  plan: config_lib.Plan, mesh: Mesh, initial: state_lib.Initial, taken: Taken | None = None
 ) -> tuple[state_lib.TrainState, Report | None]:
   """From run.init_from, with what became of it, or from scratch."""
-  chosen, report = init_from(plan, mesh) if plan.run.init_from else ({}, None)
+  if taken is None and plan.run.init_from:
+    taken = init_from(plan, mesh)
   state = initial.state()
-  if report is None:
+  if taken is None:
     return state, None
+  chosen, report = taken
   kept = {path: x for path, x in weights.flat(state.variables).items() if path not in chosen}
   variables = traverse_util.unflatten_dict(kept | sharding.put_whole(chosen, mesh), sep='/')
-  copy = jax.tree.map(jnp.copy, variables)  # the step frees params and ema one by one
-  return state.replace(**variables, ema=None if state.ema is None else copy), report
+  # A copy, since the step frees params and ema one by one.
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, variables)
+  return state.replace(**variables, ema=ema), report
 
 
-def init_from(plan: config_lib.Plan, mesh: Mesh) -> tuple[dict[str, np.ndarray], Report]:
+def init_from(plan: config_lib.Plan, mesh: Mesh) -> Taken:
   """What the run takes of run.init_from, a file or another run's folder; see `transfer`.
 
   Raises:
@@ -119,7 +126,7 @@ def save_start(config: ml_collections.ConfigDict, folder: str) -> Report:
     UserError: a mistake in the config or the data, weights that do not fit, a folder with a run.
   """
   plan, workdir = config_lib.resolve(config), Workdir(folder)
-  if files.exists(workdir.config_path):
+  if not workdir.is_new:
     raise UserError(f'{folder} holds a run already; take another --workdir, or delete it')
   model, optimizer = models.create_model(**vars(plan.model)), optim.make(plan.optim)
   mesh = sharding.make_mesh()

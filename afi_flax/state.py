@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Collection
-from concurrent.futures import Future
+from concurrent import futures
 from typing import Any
 
 import flax
@@ -106,11 +106,15 @@ class Initial:
     self._seed = jnp.uint32(seed)  # an argument, so that one compiled program serves all seeds
     self._traced = init.trace(self._seed)
     self.abstract = _abstract(self._traced.out_info, sharding)
-    self._compiling: Future[jax.stages.Compiled] | None = None
+    self._compiling: futures.Future[jax.stages.Compiled] | None = None
 
   def compile(self) -> None:
     """Begins to compile in the background what makes the numbers."""
     self._compiling = background.begin(self._traced.lower().compile)
+
+  def ready(self, seconds: float) -> bool:
+    """Whether that is done, after so long at most."""
+    return bool(futures.wait([self._compiling], seconds).done)
 
   def state(self) -> TrainState:
     """Makes it where it lives."""

@@ -8,7 +8,7 @@ and started again goes through the same states and writes the same lines as one 
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,8 @@ class _Parts:
   checkpoints: Checkpoints
   best: Checkpoints
   trace: speed.Trace
+  give_up: Callable[[], bool]  # whether to stop at once, which only a process that is alone may
+  taken: start.Taken | None  # of run.init_from, where the run is new
 
 
 @contextlib.contextmanager
@@ -91,12 +93,15 @@ def _open(
   clock = speed.Clock(plan, model, mesh)
   source = sources.open_split(data.dataset, data.data_dir, data.train_split)
   given = plan, source, model, optimizer, mesh, clock
-  if data.on_device:
-    steps = feed.DeviceFeed(*given)
-  else:
-    alone = jax.process_count() == 1  # several must agree on where to stop
-    steps = feed.HostFeed(*given, lambda: alone and signals.requested is not None)
+  alone = jax.process_count() == 1  # several must agree on where to stop
+
+  def give_up() -> bool:
+    return alone and signals.requested is not None
+
+  steps = feed.DeviceFeed(*given) if data.on_device else feed.HostFeed(*given, give_up)
   evaluator = Evaluator(plan, model, mesh)
+  is_new = sharding.first_process_says(workdir.is_new)
+  taken = start.init_from(plan, mesh) if is_new and how.init_from and not how.resume else None
   token = int(sharding.first_process_says(secrets.randbelow(2**24)))
   dataset, writer = dataclasses.asdict(plan.dataset), jax.process_index() == 0
   with (
@@ -106,8 +111,9 @@ def _open(
     closing(speed.Trace(workdir.profile, how.profile_steps)) as trace,
   ):
     yield _Parts(
-      plan, workdir, signals, mesh, model, optimizer, steps, evaluator, clock, last, best, trace
-    )
+      plan, workdir, signals, mesh, model, optimizer, steps, evaluator, clock, last, best, trace,
+      give_up, taken,
+    )  # fmt: skip
 
 
 class _Pass:
@@ -132,7 +138,7 @@ class _Pass:
     self._rate = optim.schedule(plan.optim)
     initial = self._begin()
     self._state, self._origin = start.initial_state(
-      plan, parts.mesh, parts.checkpoints, initial, rolling_back=past > 0
+      plan, parts.mesh, parts.checkpoints, initial, rolling_back=past > 0, taken=parts.taken
     )
     if past:
       counter = jax.device_put(jnp.int32(past), sharding.replicated(parts.mesh))
@@ -162,10 +168,16 @@ class _Pass:
     parts, plan = self._parts, self._plan
     initial = start.make_initial(plan, parts.model, parts.optimizer, parts.mesh)
     there = parts.checkpoints.steps()
-    if not there and not plan.run.resume:
+    new = not there and not plan.run.resume
+    if new:
       initial.compile()
     if not parts.feed.compiled and not (there and there[-1] >= plan.run.stop_step):
       parts.feed.compile(initial.abstract)
+    while new and not initial.ready(seconds=0.2):
+      if parts.give_up():
+        raise StoppedError(
+          f'stopped by {parts.signals.requested} before the first step; the same command starts it'
+        )
     return initial
 
   @property

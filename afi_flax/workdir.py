@@ -196,6 +196,11 @@ class Workdir:
         'take another --workdir, or the stored values'
       )
 
+  @property
+  def is_new(self) -> bool:
+    """Whether no run has begun in it."""
+    return not files.exists(self.config_path)
+
   def read_config(self) -> dict[str, Json]:
     """The config of the run; UserError where there is none."""
     return self._read_json(self.config_path)

@@ -7,7 +7,7 @@ import pytest
 
 import afi_flax
 from afi_flax import config as config_lib
-from afi_flax import models, optim, sharding, start
+from afi_flax import models, optim, sharding, start, train
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.errors import UserError
 from afi_flax.interop import weights
@@ -26,11 +26,10 @@ def digits(init_from, name='afi_resnet20', ema_decay=0.0):
 def started(config, folder):
   """Where a run with this config starts, in words."""
   plan = config_lib.resolve(config)
-  model, optimizer = models.create_model(**vars(plan.model)), optim.make(plan.optim)
+  mesh, model = sharding.make_mesh(), models.create_model(**vars(plan.model))
+  initial = start.make_initial(plan, model, optim.make(plan.optim), mesh)
   with contextlib.closing(Checkpoints(folder / 'checkpoints')) as checkpoints:
-    return start.initial_state(
-      plan, model, optimizer, sharding.make_mesh(), checkpoints, rolling_back=False
-    )[1]
+    return start.initial_state(plan, mesh, checkpoints, initial, rolling_back=False)[1]
 
 
 def first(config):
@@ -86,4 +85,12 @@ def test_weights_that_do_not_fit_leave_no_folder(tmp_path):
   fake_weights.save_ours(path, network, DIGITS)
   with pytest.raises(UserError, match='resnet32, 10 classes, which cannot start afi_resnet20'):
     start.save_start(digits(path), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_wrong_weights_leave_no_run_behind(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  fake_weights.save_ours(path, fake_weights.model('resnet20', 10), DIGITS)
+  with pytest.raises(UserError):
+    train.train(digits(path, name='afi_resnet32'), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()

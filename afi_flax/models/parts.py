@@ -47,7 +47,7 @@ def distances(names: Sequence[str]) -> dict[str, int]:
 
   The stem, every block and the head count one each; what follows a block without being one (a
   transition, the last convolution) goes with it: the groups of timm's layer-wise decay for these
-  networks (`group_matcher` of its ResNets, DenseNets and MobileNets).
+  networks (`group_matcher` of its ResNets and MobileNets).
 
   >>> distances(['stem', 'stage1_block1', 'stage1_block2', 'last', 'head'])
   {'stem': 3, 'stage1_block1': 2, 'stage1_block2': 1, 'last': 1, 'head': 0}
