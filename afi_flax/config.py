@@ -211,6 +211,12 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
   return filled
 
 
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+  """A complete config with '' for every path of the machine that it was used on."""
+  paths = {'data': ('data_dir',), 'run': ('resume', 'init_from')}
+  return config | {group: config[group] | dict.fromkeys(keys, '') for group, keys in paths.items()}
+
+
 def resolve(
   config: ml_collections.ConfigDict, device_count: int = 1, dataset: Dataset | None = None
 ) -> Plan:

@@ -5,6 +5,7 @@ Source of the header's keys: https://huggingface.co/docs/hub/model-cards.
 
 import importlib.metadata
 import json
+import pathlib
 import platform
 from collections.abc import Sequence
 from types import ModuleType
@@ -167,7 +168,7 @@ def _data(network: Network) -> str:
 
 
 def _recipe(network: Network) -> str:
-  rows = [f'| {key} | {value} |' for key, value in _recipe_rows(network.run.plan) if value]
+  rows = [f'| {key} | {value} |' for key, value in _recipe_rows(network) if value]
   return f"""\
 | | |
 | --- | --- |
@@ -182,8 +183,9 @@ def _recipe(network: Network) -> str:
 </details>"""
 
 
-def _recipe_rows(plan: config.Plan) -> list[tuple[str, str]]:
+def _recipe_rows(network: Network) -> list[tuple[str, str]]:
   """What was done, in words; '' for what was not."""
+  plan, given = network.run.plan, network.config['optimizer']
   data, optim, step = plan.data, plan.optim, plan.step.regularisation
   epochs = optim.total_steps / plan.steps_per_epoch
   rate = f'{optim.peak_lr:g}, {optim.schedule}'
@@ -195,6 +197,9 @@ def _recipe_rows(plan: config.Plan) -> list[tuple[str, str]]:
   decay += '' if optim.decay_vectors or not decay else ' (not on biases and scales)'
   clip = f', gradient clipped to {optim.clip_norm:g}' if optim.clip_norm else ''
   momentum = 'Nesterov momentum' if optim.nesterov else 'momentum'
+  if given['layer_decay'] != 1:
+    rate += f', times {given["layer_decay"]:g} for every block further below the head'
+  parts = plan.step.micro_batches
   loss = step.loss + (f', label smoothing {step.label_smoothing:g}' if step.label_smoothing else '')
   more = {
     'auto_augment': data.auto_augment,
@@ -208,6 +213,7 @@ def _recipe_rows(plan: config.Plan) -> list[tuple[str, str]]:
   stages = plan.model.stages
   return [
     ('length', f'{epochs:.4g} epochs, {optim.total_steps:,} steps of {plan.batch_size} pictures'),
+    ('batch', f'computed in {parts} parts, one after another' if parts > 1 else ''),
     ('pictures', f'{data.image_size} pixels'),
     ('augmentation', ', '.join(augmentation)),
     ('optimiser', f'{optim.name}, {momentum} {optim.momentum:g}{decay}{clip}'),
@@ -215,11 +221,18 @@ def _recipe_rows(plan: config.Plan) -> list[tuple[str, str]]:
     ('loss', loss),
     ('AFI in stages', _numbers(stages) if stages else ''),
     ('stochastic depth', f'{step.drop_path:g}' if step.drop_path else ''),
-    ('starts from', 'weights that were there before' if plan.run.init_from else ''),
+    ('starts from', _start(plan.run)),
+    ('frozen', ', '.join(given['frozen'])),
     ('weights', f'moving average, decay {step.ema_decay:g}' if step.ema_decay else ''),
     ('computed in', plan.model.dtype),
     ('seed', str(plan.seed)),
   ]
+
+
+def _start(run: config.Run) -> str:
+  """By the name of the file or folder alone: its path is of one machine."""
+  name = pathlib.PurePath(run.resume or run.init_from).name
+  return name and f'{"the last checkpoint" if run.resume else "the weights"} of {name}'
 
 
 def _versions(packages: Sequence[str]) -> str:

@@ -23,10 +23,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from afi_flax.interop.network import Network
+from afi_flax.interop.weights import FORMAT
 from afi_flax.models import create_model
 
 NAME = 'model.safetensors'
-FORMAT = 'afi_flax'
 PACKAGES = ('jax', 'flax', 'safetensors')
 ABOUT = 'its weights alone, as safetensors'
 

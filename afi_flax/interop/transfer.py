@@ -38,6 +38,10 @@ from afi_flax.interop.weights import HEAD, Shape, Source
 
 _IN_BLOCK = re.compile(r'\w+/stage(\d+)_block(\d+)/(.+)/\w+')
 _ADDED = re.compile(r'\w+/\w+/(fuse|attention)/')  # what a plain network lacks
+_SE_BIAS = re.compile(r'params/\w+/attention/(reduce|expand)/bias')
+_OTHER_WEIGHTS = (
+  'give weights of the same network, or of the plain one for one with AFI or attention'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +122,9 @@ def transfer(
     shapes[how][path] = shape
   left = {path: x.shape for path, x in source.arrays.items() if path not in chosen}
   if more := [path for path in left if not path.startswith(HEAD)]:
-    raise _refused(source, target, f'there is no place for {more[0]}')
+    biased = all(map(_SE_BIAS.fullmatch, more))
+    cure = 'its SE has biases: add --config.model.se_bias=True' if biased else _OTHER_WEIGHTS
+    raise _refused(source, target, f'there is no place for {more[0]}', cure)
   report = Report(
     where=source.where,
     source=source.model,
@@ -157,10 +163,10 @@ def _fitted(
   return None, None
 
 
-def _refused(source: Source, target: Model, why: str) -> UserError:
+def _refused(source: Source, target: Model, why: str, cure: str = _OTHER_WEIGHTS) -> UserError:
   return UserError(
     f'{source.where} holds {_network(source.model)}, which cannot start {_network(target)}: {why}; '
-    'give weights of the same network, or of the plain one for one with AFI or attention'
+    f'{cure}'
   )
 
 

@@ -47,7 +47,7 @@ class Source:
     arrays: f32 by path, 'params/...' and 'batch_stats/...'.
     ignored: names of what lies beside the weights.
     digest: of the file; '' of a run.
-    config: of the run that the file is of; None: it is not ours.
+    config: of the run that the file is of, without paths of its machine; None: it is not ours.
   """
 
   where: str
@@ -141,14 +141,15 @@ class _Fit:
   """
 
   def __init__(self, arrays: Mapping[str, np.ndarray], backbone: str):
-    se = f'se_{backbone}' in models.list_models() and any('.se.fc1.' in name for name in arrays)
+    tables = names.tables(backbone)
+    has_se = any('attention/reduce' in table.inside for table in tables)
+    se = has_se and any('.se.fc1.' in name for name in arrays)
     biased = se and any(name.endswith('.se.fc1.bias') for name in arrays)
     name = f'se_{backbone}' if se else backbone
     ours = shapes(Model(name, 1, None, 'float32', biased, 'none'))
-    tables = names.tables(backbone)
     self.table = max(tables, key=lambda table: len(arrays.keys() & set(map(table.of, ours))))
     classifier = arrays.get(self.table.of(f'{HEAD}dense/kernel'))
-    classes = 0 if classifier is None else classifier.shape[0]
+    classes = 0 if classifier is None else len(np.atleast_1d(classifier))
     for path in [path for path in ours if path.startswith(HEAD)]:
       ours[path] = (*ours[path][:-1], classes)
       if classifier is None:
@@ -202,7 +203,7 @@ def _cure(state: state_dicts.StateDict, fit: _Fit) -> str:
 
 def _ours(state: state_dicts.StateDict, path: str) -> Source:
   try:
-    whole = config.complete(json.loads(state.metadata['config']))
+    whole = config.without_paths(config.complete(json.loads(state.metadata['config'])))
     given = whole['model']
     class_names = tuple(map(str, json.loads(state.metadata['class_names'])))
     stages = tuple(map(int, given['stages'])) or None

@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from afi_flax.analysis.grad_cam import GradCam
+from afi_flax.interop import weights
 from afi_flax.models import create_model
 from tests.models import test_parity as parity
 
 torch = parity.torch
-pytorch_grad_cam = pytest.importorskip('pytorch_grad_cam', reason=parity.CURE)
+pytorch_grad_cam = pytest.importorskip(
+  'pytorch_grad_cam', reason='grad-cam is not installed: `make parity` installs it'
+)
 
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
@@ -33,7 +37,11 @@ TOLERANCE = 1e-3  # of heat from 0 to 1
 def run_of(name, case, network):
   """Ours, with the weights of PyTorch's network."""
   model = create_model(name, parity.NUM_CLASSES, **case.arguments)
-  variables = sharding.put_whole(parity.transplanted(network, case.names), sharding.make_mesh())
+  images = jax.ShapeDtypeStruct((1, case.size, case.size, 3), 'float32')
+  initial = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+  shapes = {path: x.shape for path, x in weights.flat(initial).items()}
+  moved = parity.transplanted(network, case.names, shapes)
+  variables = sharding.put_whole(moved, sharding.make_mesh())
   run = small_runs.make(small_runs.network(None, None))
   names = tuple(map(str, range(parity.NUM_CLASSES)))
   return dataclasses.replace(run, model=model, variables=variables, class_names=names)

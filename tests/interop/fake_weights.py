@@ -47,8 +47,12 @@ def as_torch(ours: dict[str, np.ndarray], table) -> dict[str, np.ndarray]:
 
 
 def save_ours(path, network: Model, class_names) -> dict[str, np.ndarray]:
-  """A file as an export of ours writes it; the arrays."""
-  config = {'model': {'name': network.name, 'stages': network.stages or ()}}
+  """A file as an export of ours writes it, but with paths; the arrays."""
+  config = {
+    'model': {'name': network.name, 'stages': network.stages or ()},
+    'data': {'data_dir': '/theirs/data'},
+    'run': {'resume': '/theirs/run', 'init_from': '/theirs/weights.pth'},
+  }
   made = arrays(network)
   save_file(
     made,

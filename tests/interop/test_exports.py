@@ -139,7 +139,6 @@ def fake(monkeypatch):
 def test_an_export_is_replaced_and_nothing_else(workdir, fake, tmp_path):
   place = tmp_path / 'new'
   exports.export_run(workdir, 'fake', out=place)
-  (place / exports.MANIFEST).write_text((place / exports.MANIFEST).read_text())
   (place / 'model.fake').write_text('old')
   exports.export_run(workdir, 'fake', out=place)
   assert (place / 'model.fake').read_text() == '7'
@@ -155,7 +154,7 @@ def test_an_export_is_replaced_and_nothing_else(workdir, fake, tmp_path):
 @pytest.mark.slow
 def test_what_differs_from_flax_is_not_left_there(workdir, monkeypatch, tmp_path):
   monkeypatch.setitem(exports.FORMATS, 'fake', exports.Format(FakeFormat(error=0.5)))
-  with pytest.raises(UserError, match=r'the export differs from Flax by 5\.0e-01 in logits of up'):
+  with pytest.raises(UserError, match=r'differs from Flax by \S+ of the largest logit, more than'):
     exports.export_run(workdir, 'fake', out=tmp_path / 'new')
   assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,8 @@ import tomllib
 import pytest
 import yaml
 
-from afi_flax.interop import exports, model_card, stablehlo
+from afi_flax.config import without_paths
+from afi_flax.interop import model_card, stablehlo
 from tests.interop import trained
 
 EVALUATED = {'step': 7, 'split': 'test', 'loss': 1.25, 'top1': 0.5123, 'top5': 0.9, 'examples': 100}
@@ -74,11 +75,30 @@ def test_what_was_done_is_said_and_what_was_not_is_not():
     assert words in text
 
 
+def test_fine_tuning_says_from_what_and_of_which_parts():
+  plain = card(network()).partition('<details>')[0]
+  assert not any(word in plain for word in ('starts from', 'frozen', 'below the head', 'parts'))
+  changes = {
+    'run.init_from': '/home/someone/cifar/',
+    'optimizer.frozen': ('stem', 'stage1'),
+    'optimizer.layer_decay': 0.75,
+    'micro_batches': 2,
+  }
+  text = card(network(**changes)).partition('<details>')[0]
+  assert '| starts from | the weights of cifar |' in text
+  assert '| frozen | stem, stage1 |' in text
+  assert ', times 0.75 for every block further below the head |' in text
+  assert '| batch | computed in 2 parts, one after another |' in text
+  assert '/home' not in text
+  resumed = card(network(**changes, **{'run.resume': '/home/someone/runs/first'}))
+  assert '| starts from | the last checkpoint of first |' in resumed
+
+
 @pytest.mark.parametrize('key', ['data.data_dir', 'run.init_from', 'run.resume'])
 def test_no_path_of_the_machine(key):
   config = trained.config_of('afi_resnet20', 16)
   config.update_from_flattened_dict({key: '/home/someone/secret'})
-  published = exports._published(config.to_dict())
+  published = without_paths(config.to_dict())
   assert '/home/someone' not in str(published)
   assert set(published) == set(config.to_dict())
 

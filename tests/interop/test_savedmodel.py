@@ -1,6 +1,6 @@
 """SavedModels of every family, loaded by TensorFlow where JAX cannot be imported.
 
-Run by `make export-test`: TensorFlow is no part of the environment of the other tests.
+Run by `make tensorflow-test`: TensorFlow is no part of the environment of the other tests.
 """
 
 import importlib.util

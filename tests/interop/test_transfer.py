@@ -121,6 +121,14 @@ def test_what_cannot_start_another_is_refused(name, target, says):
   assert '\n' not in said
 
 
+def test_biases_of_se_name_their_cure():
+  source = fake_weights.source(model('se_resnet20', se_bias=True))
+  with pytest.raises(UserError, match=r'attention/\w+/bias; .* add --config\.model\.se_bias=True$'):
+    transfer(source, model('se_resnet20'))
+  with pytest.raises(UserError, match='give weights of the same network'):
+    transfer(source, model('resnet20'))
+
+
 def test_an_array_of_the_body_that_is_missing_is_refused():
   source = fake_weights.source(model('resnet20'))
   del source.arrays['params/stage2_block2/conv2/conv/kernel']

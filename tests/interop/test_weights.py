@@ -79,6 +79,21 @@ def test_a_network_that_is_another_is_recognised(tmp_path, theirs):
   assert 'a stem of three 3x3 convolutions' in refusal(tmp_path, deep)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('wanted', ['mobilenetv2', 'afi_mobilenetv2', 'shufflenetv2_x1_0'])
+def test_se_where_the_backbone_has_no_names_for_it(tmp_path, wanted):
+  state = {'layer1.0.se.fc1.weight': np.ones([16, 256, 1, 1], 'float32')}
+  said = refusal(tmp_path, state, wanted)
+  assert f'does not hold {wanted.removeprefix("afi_")}: it lacks ' in said
+  assert 'there is no place for layer1.0.se.fc1.weight [16,256,1,1];' in said
+
+
+@pytest.mark.slow
+def test_a_classifier_that_is_one_number(tmp_path, theirs):
+  said = refusal(tmp_path, theirs | {'fc.weight': np.array(1, 'float32')})
+  assert 'does not hold resnet18: fc.bias is [5] and must be [1] and 1 more;' in said
+
+
 def test_a_file_without_classifier(tmp_path, theirs):
   without = {name: x for name, x in theirs.items() if not name.startswith('fc.')}
   path = tmp_path / 'weights.safetensors'
@@ -101,6 +116,7 @@ def test_a_file_of_ours(tmp_path):
   assert source.model == network
   assert source.class_names == ('a', 'b', 'c')
   assert source.config['model']['name'] == 'afi_resnet20'
+  assert '/theirs' not in str(source.config), 'another machine has other folders'
   assert 'step 12' in source.where
   assert source.arrays.keys() == saved.keys()
   for key, value in saved.items():
