@@ -12,9 +12,11 @@ each of its figures as a PNG with its numbers as CSV:
   gap            training minus evaluation accuracy
   confusion, per_class, reliability, mistakes    how good it is, and at what
   summary.csv    top-1, top-5, ECE (shares, 0..1), NLL (nats) of each run
+  explain.json   the names of these files, which the next page here replaces
 
 The whole evaluation split is looked at, and as many training pictures, which takes as long as a few
-evaluations. What an earlier page left in the folder is replaced.
+evaluations; --train_examples=0 does without the training split, and without the gap. What an
+earlier page left in the folder is replaced; a folder with other files is refused.
 """
 
 from absl import flags
@@ -38,6 +40,10 @@ _STAGE = flags.DEFINE_integer('stage', None, 'That Grad-CAM looks at, from 1; th
 _PLUS_PLUS = flags.DEFINE_bool('plus_plus', False, 'Grad-CAM++ instead of Grad-CAM.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', 'last, best or a step, of both runs.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the data are, if not where they were.')
+_TRAIN_EXAMPLES = flags.DEFINE_integer(
+  'train_examples', None, 'Training pictures to look at for the gap; by default as many as are '
+  'evaluated. 0: none, which leaves the gap out and needs no training split.', lower_bound=0,
+)  # fmt: skip
 _OUT = flags.DEFINE_string('out', '', 'The folder to write, instead of explain/ in --workdir.')
 
 
@@ -56,6 +62,7 @@ def main(_) -> None:
     plus_plus=_PLUS_PLUS.value,
     checkpoint=_CHECKPOINT.value,
     data_dir=_DATA_DIR.value,
+    train_examples=_TRAIN_EXAMPLES.value,
     out=_OUT.value,
   )
   console = Console()

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -111,6 +112,34 @@ def names(folder: Path) -> list[str]:
     objects = list(blob(folder).bucket.list_blobs(prefix=prefix))
   found = (each.name.removeprefix(prefix) for each in objects)
   return sorted(name for name in found if name and not name.endswith('/'))
+
+
+def check_ours(folder: pathlib.Path, manifest: str, command: str) -> None:
+  """UserError where a command must not write a folder on a disk, since it holds others' files.
+
+  Args:
+    folder: may not be there yet.
+    manifest: as `listed` takes it.
+    command: that wrote it, in one word.
+  """
+  if not os.path.exists(folder):
+    return
+  if not os.path.isdir(folder):
+    raise UserError(f'{folder} is a file; give another --out')
+  own = listed(folder, manifest)
+  if foreign := [name for name in names(folder) if name not in own]:
+    raise UserError(
+      f'{folder} holds {foreign[0]!r}, which no {command} wrote; give another --out, or move that '
+      'away'
+    )
+
+
+def listed(folder: pathlib.Path, manifest: str) -> list[str]:
+  """The files of a folder by its manifest, JSON with their names as 'files'; [] without one."""
+  try:
+    return list(json.loads((folder / manifest).read_text())['files'])
+  except (OSError, ValueError, KeyError, TypeError):
+    return []
 
 
 def move(source: Path, target: Path, seal: str) -> None:

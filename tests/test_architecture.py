@@ -46,7 +46,7 @@ ALLOWED = {
   'on_device': MIDDLE | {'analysis'},
   'feed': MIDDLE | {'analysis', 'on_device', 'speed'},
   'evaluate': MIDDLE | {'run', 'analysis', 'on_device'},
-  'analysis': MIDDLE | {'run', 'analysis'},
+  'analysis': MIDDLE | {'files', 'run', 'analysis'},
   'speed': {'config', 'analysis'},
   'nonfinite': {'errors', 'config', 'sharding', 'workdir'},
   'interop': TOP - {'start', 'train'} | {'files'},

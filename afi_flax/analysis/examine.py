@@ -93,10 +93,9 @@ def examine(
   source, train = _open(run, data, data.eval_dataset, spec), None
   wanted = len(source) if train_examples is None else train_examples
   if wanted < 0:
-    raise UserError(f'train_examples {wanted} must be 0 (none) or more')
+    raise UserError(f'--train_examples {wanted} must be 0 (none) or more')
   if wanted:
-    whole = _open(run, data, data.dataset, data.train_split)
-    train = sources.sample(whole, wanted, run.plan.seed)
+    train = sources.sample(_open_training(run, data), wanted, run.plan.seed)
   total = len(source) + (len(train) if train else 0)
   look = _Pass(run, data)
   tally, sums = look(source, lambda done: on_progress(done, total))
@@ -137,6 +136,13 @@ def _open(run: Run, data: config.Data, dataset: str, spec: str) -> Source:
     )
   check_same_data(run.plan.dataset, len(source))
   return source
+
+
+def _open_training(run: Run, data: config.Data) -> Source:
+  try:
+    return _open(run, data, data.dataset, data.train_split)
+  except UserError as error:
+    raise UserError(f'{error}; --train_examples=0 does without training pictures') from error
 
 
 class _Pass:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import datetime
+import json
 import pathlib
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,21 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from afi_flax import files
 from afi_flax.analysis import gallery, page, pictures
 from afi_flax.analysis.contact_sheets import Caption, Explained
 from afi_flax.analysis.examine import Examination, examine
 from afi_flax.analysis.grad_cam import Cams, GradCam
 from afi_flax.analysis.pictures import Picture
 from afi_flax.data import sources
-from afi_flax.errors import UserError
+from afi_flax.errors import UserError, shown
 from afi_flax.report import Console
 from afi_flax.run import Preprocessing, Run, load_run
 
-# What earlier versions of a page may have left in its folder.
-_OURS = re.compile(
-  r'index\.html|(grad_cam|reuse(_baseline)?|selectivity(_stage\d+|_by_depth)?|gap|confusion|'
-  r'per_class|reliability|mistakes|summary)\.(png|csv)'
-)
+MANIFEST = 'explain.json'  # names the files of a page, which a later one may replace
 _BATCH = 8  # pictures that Grad-CAM takes at a time
 
 
@@ -43,6 +40,7 @@ class Request:
     plus_plus: Grad-CAM++.
     checkpoint: 'last', 'best' or a step, of both.
     data_dir: where the data are; None: where they were in training.
+    train_examples: training pictures for the gap; None: as many as are evaluated; 0: none, no gap.
     out: the folder to write; '': explain/ in the workdir.
   """
 
@@ -55,6 +53,7 @@ class Request:
   plus_plus: bool = False
   checkpoint: str = 'last'
   data_dir: str | None = None
+  train_examples: int | None = None
   out: str = ''
 
 
@@ -70,8 +69,8 @@ class Written:
     """For the end of a command."""
     kinds = {kind: sum(name.endswith(kind) for name in self.names) for kind in ('png', 'csv')}
     return (
-      f'{self.table}\nWrote {self.folder / "index.html"}, {kinds["png"]} figures (PNG) and '
-      f'{kinds["csv"]} tables (CSV) beside it'
+      f'{self.table}\nWrote {shown(str(self.folder / "index.html"))}, {kinds["png"]} figures (PNG) '
+      f'and {kinds["csv"]} tables (CSV) beside it'
     )
 
 
@@ -84,7 +83,7 @@ def explain(request: Request, console: Console) -> Written:
 
   Raises:
     UserError: runs, data or pictures that are not there or do not go together; a folder that
-      cannot be written; a stage that there is not.
+      cannot be written, or holds what no page has; a stage that there is not.
   """
   folder = _folder(request)
   runs = _load(request)
@@ -103,7 +102,9 @@ def explain(request: Request, console: Console) -> Written:
   examined = {}
   for label, each in runs.items():
     console.say(f'examining {label}')
-    examined[label] = examine(each, data.eval_split, request.data_dir, console.evaluating)
+    examined[label] = examine(
+      each, data.eval_split, request.data_dir, console.evaluating, request.train_examples
+    )
   console.say('drawing')
   stage = networks[list(runs)[-1]].stage
   parts = [
@@ -118,23 +119,25 @@ def explain(request: Request, console: Console) -> Written:
     _mistakes(examined, run, source),
   ]
   found = [part for part in parts if part is not None]
-  files = {name: content for part in found for name, content in part.files().items()}
+  contents = {name: content for part in found for name, content in part.files().items()}
   title = ' and '.join(reversed(runs))
   made = f'Made by afi_flax.explain on {datetime.date.today():%Y-%m-%d}'
-  files['index.html'] = page.render(title, made, [part.section for part in found]).encode()
-  _write(folder, files)
-  return Written(folder, tuple(files), gallery.in_words(examined))
+  contents['index.html'] = page.render(title, made, [part.section for part in found]).encode()
+  _write(folder, contents)
+  return Written(folder, tuple(contents), gallery.in_words(examined))
 
 
 def _folder(request: Request) -> pathlib.Path:
-  """Where to write."""
+  """Where to write; UserError where that must not be."""
   if not request.out and '://' in request.workdir:
     raise UserError(
       f'--workdir {request.workdir} is in a bucket; add --out FOLDER, a folder on this machine'
     )
   if '://' in request.out:
     raise UserError(f'--out {request.out} must be a folder on this machine')
-  return pathlib.Path(request.out or pathlib.Path(request.workdir, 'explain')).expanduser()
+  folder = pathlib.Path(request.out or pathlib.Path(request.workdir, 'explain')).expanduser()
+  files.check_ours(folder, MANIFEST, 'explain')
+  return folder
 
 
 def _load(request: Request) -> dict[str, Run]:
@@ -169,7 +172,7 @@ def _labels(runs: Sequence[Run], workdirs: Sequence[str]) -> list[str]:
     m.name + (f', AFI in stage {"+".join(map(str, m.stages))}' if m.stages else '') for m in models
   ]
   if len(set(names)) < len(names):
-    names = [f'{n} ({w.rstrip("/")})' for n, w in zip(names, workdirs, strict=True)]
+    names = [f'{n} ({shown(w.rstrip("/"))})' for n, w in zip(names, workdirs, strict=True)]
   if len(set(names)) < len(names):
     names[0] += ', baseline'
   return names
@@ -177,10 +180,11 @@ def _labels(runs: Sequence[Run], workdirs: Sequence[str]) -> list[str]:
 
 def _choose(request: Request, run: Run, source: sources.Arrays | sources.Encoded) -> list[Picture]:
   """The pictures of Grad-CAM."""
+  how = run.preprocessing
   if request.images:
-    return pictures.named(request.images, run.class_names, request.num_images, request.seed)
+    return pictures.named(request.images, run.class_names, how, request.num_images, request.seed)
   split = run.plan.data.eval_split
-  return pictures.sample(source, split, run.preprocessing, request.num_images, request.seed)
+  return pictures.sample(source, split, how, request.num_images, request.seed)
 
 
 def _explain(
@@ -247,16 +251,19 @@ def _mistakes(
   return gallery.mistakes(label, examination, images, [picture.name for picture in wrong])
 
 
-def _write(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
-  """Replaces what an earlier page has left; the page itself comes last."""
+def _write(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+  """Replaces what an earlier page has left; the page itself comes last, the manifest first."""
+  manifest = json.dumps({'files': [MANIFEST, *contents]}, indent=1) + '\n'
+  contents = {MANIFEST: manifest.encode(), **contents}
   try:
-    for name in {path.name for path in folder.iterdir()} - set(files):
-      if _OURS.fullmatch(name):
+    earlier = set(files.listed(folder, MANIFEST)) & set(files.names(folder))
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.explain-') as unfinished:
+      for name, content in contents.items():
+        pathlib.Path(unfinished, name).write_bytes(content)
+      for name in earlier - set(contents):
         (folder / name).unlink()
-    for name, content in files.items():
-      unfinished = folder / f'.{name}.tmp'
-      unfinished.write_bytes(content)
-      unfinished.replace(folder / name)
+      for name in contents:
+        pathlib.Path(unfinished, name).replace(folder / name)
   except OSError as error:
     raise _cannot_write(folder, error) from error
 

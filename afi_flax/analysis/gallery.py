@@ -34,7 +34,11 @@ class Part:
   def files(self) -> dict[str, bytes]:
     """All files of this part by their names."""
     pictures = {picture.file: picture.png for picture in self.section.pictures}
-    return pictures | {name: tables.as_csv(rows).encode() for name, rows in self.csv.items()}
+    # A name whose bytes are no UTF-8, as that of a class folder may be, has these bytes there.
+    encoded = {
+      n: tables.as_csv(rows).encode(errors='surrogateescape') for n, rows in self.csv.items()
+    }
+    return pictures | encoded
 
 
 def summary(runs: Runs, about: Mapping[str, Mapping[str, Any]]) -> Part:
@@ -216,9 +220,9 @@ def gap(runs: Runs) -> Part | None:
   if all(run.train_top1 is None for run in runs.values()):
     return None
   text = (
-    'Top-1 accuracy on training pictures (a sample as large as what is evaluated, without '
-    'augmentation) minus that on the evaluated ones. Of two networks of equal accuracy, the one '
-    'with the smaller gap has learned less by heart.'
+    'Top-1 accuracy on training pictures (a sample, without augmentation) minus that on the '
+    'evaluated ones. Of two networks of equal accuracy, the one with the smaller gap has learned '
+    'less by heart.'
   )
   picture = _picture('gap.png', accuracy_figures.gap(runs), 'Training and evaluation accuracy')
   return Part(page.Section('Generalisation gap', text, (picture,)), {})

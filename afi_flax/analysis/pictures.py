@@ -1,8 +1,9 @@
 """Pictures to look at: files that are named, folders of them, or examples of a split."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from absl import logging
@@ -45,41 +46,41 @@ def batch(pictures: Sequence[Picture], how: Preprocessing) -> np.ndarray:
   return np.stack([picture.cut(how) for picture in pictures])
 
 
-def named(paths: Sequence[str], class_names: Sequence[str], count: int, seed: int) -> list[Picture]:
-  """Files as they are given, and of each folder a sample.
+def named(
+  paths: Sequence[str], class_names: Sequence[str], how: Preprocessing, count: int, seed: int
+) -> list[Picture]:
+  """Files as they are given, and of each folder a sample of those that can be read.
 
   Args:
     paths: files and folders.
     class_names: a picture whose folder is called like one of them is taken to be of that class.
+    how: evaluation cuts pictures, to find out whether it can.
     count: how many pictures of a folder, at most.
     seed: of the sample.
 
   Raises:
-    UserError: a file that cannot be read, a folder without pictures, or too many files.
+    UserError: a file that cannot be read, a folder without one that can, or too many files.
   """
-  files = []
+  found = []
   for path in map(pathlib.Path, paths):
-    files += _sample_of_folder(path, count, seed) if path.is_dir() else [path]
-  if len(files) > MOST:
-    raise UserError(
-      f'--images names {len(files)} pictures and a figure has room for {MOST}; give fewer, or '
-      'their folder, of which --num_images are taken'
-    )
-  return [_read(path, class_names) for path in files]
+    if path.is_dir():
+      found += _sample_of_folder(path, class_names, how, count, seed)
+    else:
+      found.append(_read(path, class_names))
+    if len(found) > MOST:
+      raise UserError(
+        f'--images names more than the {MOST} pictures that a figure has room for; give fewer, or '
+        'their folder, of which --num_images are taken'
+      )
+  return found
 
 
 def sample(
   source: sources.Arrays | sources.Encoded, split: str, how: Preprocessing, count: int, seed: int
 ) -> list[Picture]:
   """Some examples of a split, chosen by the seed; those that cannot be read are passed over."""
-  order = random_draws.permutation(len(source), seed, 0)
-  found = []
-  for example in map(int, order):
-    if len(found) == count:
-      break
-    if (picture := _readable(source, split, example, how)) is not None:
-      found.append(picture)
-  return found
+  order = map(int, random_draws.permutation(len(source), seed, 0))
+  return _readable((functools.partial(_example, source, split, k) for k in order), how, count)
 
 
 def examples(
@@ -90,15 +91,21 @@ def examples(
 
 
 def _readable(
-  source: sources.Arrays | sources.Encoded, split: str, example: int, how: Preprocessing
-) -> Picture | None:
-  try:
-    picture = _example(source, split, example)
-    picture.cut(how)
-  except (OSError, UserError) as error:
-    logging.warning('left out of the figure: %s', error)
-    return None
-  return picture
+  reads: Iterable[Callable[[], Picture]], how: Preprocessing, count: int
+) -> list[Picture]:
+  """The first `count` that can be read; a warning for each that is passed over."""
+  found = []
+  for read in reads:
+    try:
+      picture = read()
+      picture.cut(how)
+    except (OSError, UserError) as error:
+      logging.warning('left out of the figure: %s', error)
+      continue
+    found.append(picture)
+    if len(found) == count:
+      break
+  return found
 
 
 def _example(source: sources.Arrays | sources.Encoded, split: str, example: int) -> Picture:
@@ -110,16 +117,22 @@ def _example(source: sources.Arrays | sources.Encoded, split: str, example: int)
   return Picture(data, pathlib.PurePath(source.name(example)).name, first)
 
 
-def _sample_of_folder(folder: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
-  found = [
+def _sample_of_folder(
+  folder: pathlib.Path, class_names: Sequence[str], how: Preprocessing, count: int, seed: int
+) -> list[Picture]:
+  there = [
     pathlib.Path(parent, name)
     for parent, _, names in folders.walk(folder)
     for name in sorted(names)
     if folders.is_picture(name)
   ]
-  if not found:
+  if not there:
     raise UserError(f'{shown(str(folder))} has no pictures; {_CURE}')
-  return [found[k] for k in random_draws.permutation(len(found), seed, 0)[:count]]
+  order = random_draws.permutation(len(there), seed, 0)
+  found = _readable((functools.partial(_read, there[k], class_names) for k in order), how, count)
+  if not found:
+    raise UserError(f'{shown(str(folder))} has no pictures that can be read; {_CURE}')
+  return found
 
 
 def _read(path: pathlib.Path, class_names: Sequence[str]) -> Picture:

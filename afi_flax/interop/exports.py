@@ -141,25 +141,8 @@ def _place(workdir: Workdir, form: str, out: str | os.PathLike | None) -> pathli
   place = files.absolute(workdir.exports / form if out is None else out)
   if files.in_bucket(place):
     raise UserError(f'exports are written to a disk, not to {place}; give --out, a folder on one')
-  if not place.exists():
-    return place
-  if not place.is_dir():
-    raise UserError(f'{place} is a file; give another --out')
-  there = files.names(place)
-  own = _files_of(place)
-  if foreign := [name for name in there if name not in own]:
-    raise UserError(
-      f'{place} holds {foreign[0]!r}, which no export wrote; give another --out, or move that away'
-    )
+  files.check_ours(place, MANIFEST, 'export')
   return place
-
-
-def _files_of(place: pathlib.Path) -> list[str]:
-  """What the export that lies there consists of; [] where none does."""
-  try:
-    return list(json.loads((place / MANIFEST).read_text())['files'])
-  except (OSError, ValueError, KeyError, TypeError):
-    return []
 
 
 @contextlib.contextmanager

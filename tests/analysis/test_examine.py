@@ -207,6 +207,10 @@ def test_mistakes_of_the_user(afi):
     examine(run, train_examples=-1)
   with pytest.raises(UserError, match='unknown split of digits'):
     examine(run, split='val')
+  data = dataclasses.replace(run.plan.data, train_split='none')
+  without = dataclasses.replace(run, plan=dataclasses.replace(run.plan, data=data))
+  with pytest.raises(UserError, match=r"'none'.*; --train_examples=0 does without training pict"):
+    examine(without)
   other = dataclasses.replace(run, class_names=tuple('abcdefghij'))
   with pytest.raises(UserError, match="class 0 was 'a' in training and is '0' here"):
     examine(other)

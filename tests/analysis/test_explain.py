@@ -1,10 +1,14 @@
 import dataclasses
+import json
+import os
+import pathlib
 import types
 
 import pytest
 
 from afi_flax.analysis import explain
 from afi_flax.errors import UserError
+from afi_flax.report import Console
 
 
 def run(name='resnet20', classes=('a', 'b'), stages=None, dataset='digits'):
@@ -56,14 +60,38 @@ def test_where_it_is_written():
 
 
 def test_what_an_earlier_page_left_is_replaced(tmp_path):
-  for name in ('reuse.png', 'selectivity_stage4.png', 'gap.csv', 'mine.png', 'index.html'):
-    (tmp_path / name).write_text('old')
+  request = explain.Request('runs/a', out=str(tmp_path))
+  explain._write(tmp_path, {'gap.png': b'old', 'reuse.png': b'old', 'index.html': b'old'})
+  assert explain._folder(request) == tmp_path
   explain._write(tmp_path, {'gap.png': b'new', 'index.html': b'new'})
   found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-  assert found == {'mine.png': 'old', 'gap.png': 'new', 'index.html': 'new'}
+  assert json.loads(found.pop(explain.MANIFEST)) == {
+    'files': ['explain.json', 'gap.png', 'index.html']
+  }
+  assert found == {'gap.png': 'new', 'index.html': 'new'}
+
+
+def test_what_no_page_has_is_left_alone(tmp_path):
+  request = explain.Request('runs/a', out=str(tmp_path))
+  explain._write(tmp_path, {'index.html': b'ours'})
+  (tmp_path / 'gap.png').write_text('mine')
+  with pytest.raises(UserError, match=r"holds 'gap.png', which no explain wrote; .*--out, or move"):
+    explain.explain(request, Console(False))  # found out before the run is opened
+  (tmp_path / explain.MANIFEST).unlink()
+  (tmp_path / 'gap.png').unlink()
+  with pytest.raises(UserError, match=r"holds 'index.html', which no explain wrote"):
+    explain._folder(request)
+  with pytest.raises(UserError, match=r'index.html is a file; give another --out'):
+    explain._folder(dataclasses.replace(request, out=str(tmp_path / 'index.html')))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write to .*/file/x: .*--out'):
     explain._make(tmp_path / 'file' / 'x')
+
+
+def test_names_that_are_no_text_are_shown():
+  name = os.fsdecode(b'caf\xe9')
+  assert explain._labels([run(), run()], [name, 'a'])[0] == 'resnet20 (caf\\udce9)'
+  assert 'caf\\udce9/index.html' in explain.Written(pathlib.Path(name), (), '').summary()

@@ -1,10 +1,11 @@
 import csv
 import io
+import os
 
 import numpy as np
 import pytest
 
-from afi_flax.analysis import gallery, style
+from afi_flax.analysis import gallery, page, style
 from tests.analysis.examinations import examination, two_runs
 
 
@@ -73,6 +74,15 @@ def test_per_class_counts():
     ('class1', '0', '0', '', '3', '0.0'),
     ('class2', '2', '0', '0.0', '0', ''),
   ]
+
+
+def test_names_that_are_no_text_keep_their_bytes():
+  names = (os.fsdecode(b'caf\xe9'), 'thé', 'c')
+  part = gallery.per_class({'run': examination(classes=3, class_names=names)})
+  assert [line.split(b',')[1] for line in part.files()['per_class.csv'].splitlines()] == [
+    b'class', b'caf\xe9', 'thé'.encode(), b'c'
+  ]  # fmt: skip
+  assert 'caf\\udce9' in page.render('a', 'b', [part.section]).encode().decode()
 
 
 def test_confusions_are_those_off_the_diagonal():

@@ -25,7 +25,7 @@ def folder(tmp_path):
 def test_files_are_all_taken_in_their_order(folder):
   (folder / 'x.png').write_bytes((folder / 'dog/1.png').read_bytes())
   paths = [str(folder / name) for name in ('dog/3.png', 'x.png', 'cat/0.png')]
-  found = pictures.named(paths, CLASSES, count=1, seed=0)
+  found = pictures.named(paths, CLASSES, HOW, count=1, seed=0)
   assert [picture.name for picture in found] == paths
   assert [picture.label for picture in found] == [1, None, 0], 'by the folder'
   images = pictures.batch(found, HOW)
@@ -34,24 +34,24 @@ def test_files_are_all_taken_in_their_order(folder):
 
 
 def test_of_a_folder_a_seeded_sample(folder):
-  some = [pictures.named([str(folder)], CLASSES, 3, seed) for seed in (0, 0, 1)]
+  some = [pictures.named([str(folder)], CLASSES, HOW, 3, seed) for seed in (0, 0, 1)]
   names = [[picture.name for picture in each] for each in some]
   assert names[0] == names[1] != names[2]
   assert len(set(names[0])) == 3
-  assert len(pictures.named([str(folder)], CLASSES, 99, 0)) == 8
+  assert len(pictures.named([str(folder)], CLASSES, HOW, 99, 0)) == 8
 
 
 def test_mistakes_are_named(folder, tmp_path):
   with pytest.raises(UserError, match=r'none.png cannot be read: No such file .*--images'):
-    pictures.named([str(folder / 'none.png')], CLASSES, 8, 0)
+    pictures.named([str(folder / 'none.png')], CLASSES, HOW, 8, 0)
   (tmp_path / 'empty').mkdir()
   with pytest.raises(UserError, match='empty has no pictures'):
-    pictures.named([str(tmp_path / 'empty')], CLASSES, 8, 0)
-  (note,) = pictures.named([str(folder / 'note.txt')], CLASSES, 8, 0)
+    pictures.named([str(tmp_path / 'empty')], CLASSES, HOW, 8, 0)
+  (note,) = pictures.named([str(folder / 'note.txt')], CLASSES, HOW, 8, 0)
   with pytest.raises(UserError, match=r'note.txt cannot be read: .*--images'):
     note.cut(HOW)
-  with pytest.raises(UserError, match='65 pictures and a figure has room for 64'):
-    pictures.named([str(folder / 'cat/0.png')] * 65, CLASSES, 8, 0)
+  with pytest.raises(UserError, match='more than the 64 pictures that a figure has room'):
+    pictures.named([str(folder / 'cat/0.png')] * 65, CLASSES, HOW, 8, 0)
 
 
 def test_examples_of_a_set_in_memory():
@@ -73,3 +73,13 @@ def test_examples_that_cannot_be_read_are_passed_over(folder):
   found = pictures.sample(source, 'train', HOW, 8, seed=0)
   assert [picture.label for picture in found] == [1] * 4
   assert sorted(picture.name for picture in found) == [f'{k}.png' for k in range(4)]
+
+
+def test_files_of_a_folder_that_cannot_be_read_are_passed_over(folder):
+  (folder / 'cat/gone.png').symlink_to('nowhere')
+  for k in range(4):
+    (folder / f'cat/{k}.png').write_bytes(b'not a picture')
+  found = pictures.named([str(folder)], CLASSES, HOW, 3, seed=0)
+  assert [picture.label for picture in found] == [1] * 3
+  with pytest.raises(UserError, match=r'cat has no pictures that can be read; .*--images'):
+    pictures.named([str(folder / 'cat')], CLASSES, HOW, 3, seed=0)
