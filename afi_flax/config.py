@@ -17,7 +17,8 @@ from afi_flax.errors import UserError, shown, unknown
 from afi_flax.models import create_model, parts, residual_blocks
 
 # Keys that may differ when a run is resumed: they change neither its numbers nor its data.
-MAY_DIFFER = ('run', 'data.data_dir')
+MAY_DIFFER = ('run', 'data.data_dir')  # where a run goes on
+MUST_AGREE = ('run.init_from',)  # but for these
 _SMALLEST, _LARGEST = 1e-30, 1e30  # learning rates: within float32, with room to work with
 _MAX_STEPS = 2**31 - 1  # what an int32 on the device counts
 # Keys that there have not always been, with what runs did before.
@@ -330,7 +331,8 @@ def _check_batch(batch: int, device_count: int, num_train: int) -> None:
     raise UserError(f'batch_size {batch} is not divisible by {device_count} devices; use {options}')
   if batch > num_train:
     raise UserError(
-      f'batch_size {batch} is more than the {num_train} training examples; use at most as many'
+      f'batch_size {batch} is more than the {num_train} training examples; use at most as many, by '
+      '--config.batch_size'
     )
 
 

@@ -1,4 +1,4 @@
-r"""Weights of torchvision, timm or another run of ours, as a run's folder, without training.
+r"""Weights of torchvision, timm or an export of ours, as a run's folder, without training.
 
   python -m afi_flax.import_weights --weights resnet50.pth --model resnet50
   python -m afi_flax.import_weights --weights resnet50.pth --model resnet50 --workdir runs/theirs
@@ -14,7 +14,8 @@ another number of classes, the classifier is new:
   python -m afi_flax.import_weights --weights model.safetensors --workdir runs/theirs \
     --config configs/imagenet_resnet50.py --config.data.data_dir=FOLDER
 
-A .safetensors that `afi_flax.export` wrote says which network it holds and needs neither.
+A .safetensors that `afi_flax.export --format safetensors` wrote says which network it holds, and
+needs neither where its data need no folder (CIFAR, ImageNet).
 """
 
 from absl import flags

@@ -89,7 +89,7 @@ def load_run(
   stored = folder.read_config()
   if config is not None:
     of_evaluation = 'data.eval_dataset', 'data.eval_split', 'data.on_device', 'eval_batch_size'
-    folder.check_config(config.to_dict(), (*config_lib.MAY_DIFFER, *of_evaluation))
+    folder.check_config(config.to_dict(), (*config_lib.MAY_DIFFER, *of_evaluation), must_agree=())
   config = config or ml_collections.ConfigDict(stored)
   plan = config_lib.resolve(config, dataset=_read_dataset(folder))
   model = models.create_model(**dataclasses.asdict(plan.model))
@@ -187,7 +187,7 @@ def restore(
     chosen = best if checkpoint == 'best' or only_best else checkpoints
     found = chosen.restore(abstract, step)
   if found is None:
-    raise UserError(f'no checkpoint in {place}: the run ended before it saved one')
+    raise UserError(f'no checkpoint in {place}: the run has not saved one')
   if chosen.damaged and not or_older:
     raise UserError(
       f'checkpoint {max(chosen.damaged)} in {place} is damaged, as the log says; the newest good '

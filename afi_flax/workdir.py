@@ -35,7 +35,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from afi_flax import bucket, files
-from afi_flax.config import MAY_DIFFER, complete
+from afi_flax.config import MAY_DIFFER, MUST_AGREE, complete
 from afi_flax.errors import FailedError, UserError
 
 Json = Any  # what json.loads returns
@@ -187,10 +187,15 @@ class Workdir:
     """Where others find a file of this run: in the bucket, where the run is in one."""
     return str(self.folder / path.relative_to(self._written))
 
-  def check_config(self, config: dict[str, Json], may_differ: tuple[str, ...] = MAY_DIFFER) -> None:
-    """UserError if the run has another config, but for the keys that may differ."""
+  def check_config(
+    self,
+    config: dict[str, Json],
+    may_differ: tuple[str, ...] = MAY_DIFFER,
+    must_agree: tuple[str, ...] = MUST_AGREE,
+  ) -> None:
+    """UserError if the run has another config, but for keys that may differ and need not agree."""
     stored, given = complete(self.read_config()), complete(config)
-    if differ := _differences(stored, given, may_differ):
+    if differ := _differences(stored, given, may_differ, must_agree):
       raise UserError(
         f'workdir {self.folder} holds a run of another config: {differ}; '
         'take another --workdir, or the stored values'
@@ -445,12 +450,15 @@ def _holder(text: bytes) -> str:
     return 'another process'
 
 
-def _differences(stored: dict, given: dict, may_differ: tuple[str, ...] = ()) -> str:
+def _differences(
+  stored: dict, given: dict, may_differ: tuple[str, ...] = (), must_agree: tuple[str, ...] = ()
+) -> str:
   """'key: stored -> given' of the first few keys that differ, or ''."""
   stored, given = (flatten_dict(_as_json(tree), sep='.') for tree in (stored, given))
   differ = []
   for key in sorted(stored | given):
-    if f'{key}.'.startswith(tuple(f'{name}.' for name in may_differ)):
+    may = f'{key}.'.startswith(tuple(f'{name}.' for name in may_differ))
+    if may and key not in must_agree:
       continue
     if key not in stored:
       differ.append(f'{key}: absent -> {given[key]!r}')

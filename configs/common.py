@@ -82,7 +82,8 @@ def base() -> ml_collections.ConfigDict:
   # use in training too; no branch of theirs is dropped.
   config.optimizer.frozen = ()
 
-  # What may differ when a run is resumed, since its result does not depend on it where all is well.
+  # What may differ when a run is resumed, since its result does not depend on it where all is
+  # well; but for init_from.
   config.run = ml_collections.ConfigDict()
   config.run.resume = ''  # another run's folder to go on from, when this one's is new
   # Whose weights are where this one starts: another run's folder, or a file of timm, torchvision or

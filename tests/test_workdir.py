@@ -360,3 +360,9 @@ def test_a_second_sigint_interrupts_at_once():
       os.kill(os.getpid(), signal.SIGINT)
     assert stop.requested == 'SIGINT'
   assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_does_not_start_twice_from_different_weights(workdir):
+  start(workdir)
+  with pytest.raises(UserError, match=r"run\.init_from: .* -> 'runs/other'"):
+    start(workdir, change(CONFIG, 'run.init_from', 'runs/other'))

@@ -63,6 +63,7 @@ def write(network: Network, folder: pathlib.Path) -> None:
   }
   contiguous = {name: np.ascontiguousarray(x, 'float32') for name, x in tensors.items()}
   save_file(contiguous, folder / NAME, metadata)
+  (folder / NAME).chmod((folder / NAME).parent.stat().st_mode & 0o666)  # it would be ours alone
 
 
 def load(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:

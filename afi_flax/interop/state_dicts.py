@@ -73,7 +73,10 @@ def read(path: str) -> StateDict:
   try:
     data = files.read(files.absolute(path))
   except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror}; give a file of weights') from error
+    raise UserError(
+      f'{path} cannot be read: {error.strerror}; give a file of weights, such as '
+      'afi_flax.export --format safetensors writes'
+    ) from error
   metadata, entry, ignored = {}, '', ()
   if data[8:9] == b'{':
     stored, metadata = _safetensors(data, path)
