@@ -50,6 +50,8 @@ class Training:
     batch = {
       'image': random.integers(0, 256, (plan.batch_size, size, size, 3), 'uint8'),
       'label': random.integers(0, plan.model.num_classes, plan.batch_size, 'int32'),
+      'epoch': np.zeros(plan.batch_size, 'int32'),
+      'example': np.arange(plan.batch_size, dtype='int32'),
     }
     self._batch = sharding.put_batch(batch, mesh)
 
