@@ -1,5 +1,8 @@
 """What all commands share of their flags."""
 
+import subprocess
+import sys
+
 import pytest
 from absl import flags
 
@@ -33,3 +36,21 @@ def test_a_flag_that_may_be_repeated_takes_several_values(defined, given, images
   assert defined(spread) == ['command', *rest]
   assert defined.images == images
   assert defined.out == 'd'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('ending', 'status'), [('pass', 0), ("raise UserError('no')", 2), ('sys.exit(5)', 5)]
+)
+def test_a_thread_that_hangs_does_not_keep_the_process(ending, status):
+  code = (
+    'import sys, threading\n'
+    'from afi_flax import commands\n'
+    'from afi_flax.errors import UserError\n'
+    'def main(_):\n'
+    '  threading.Thread(target=threading.Event().wait).start()\n'
+    f'  {ending}\n'
+    'commands.run(main)\n'
+  )
+  done = subprocess.run([sys.executable, '-c', code], timeout=100, capture_output=True, check=False)
+  assert done.returncode == status, done.stderr
