@@ -123,18 +123,6 @@ class Initial:
     return self._compiling.result()(self._seed)
 
 
-def initialise(
-  model: nn.Module,
-  optimizer: optax.GradientTransformation,
-  image_size: int,
-  seed: int,
-  sharding: jax.sharding.Sharding,
-  ema: bool = False,
-) -> TrainState:
-  """The state before the first step, made where it lives."""
-  return Initial(model, optimizer, image_size, seed, sharding, ema).state()
-
-
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
   """bool []: whether no number of a state is NaN or infinite."""

@@ -65,7 +65,7 @@ class Setting:
   def new_state(self, seed: int = 0) -> state.TrainState:
     """Before the first step."""
     whole = sharding.replicated(self.mesh)
-    return state.initialise(self.model, self.optimizer, self.plan.data.image_size, seed, whole)
+    return state.Initial(self.model, self.optimizer, self.plan.data.image_size, seed, whole).state()
 
   def host_batches(self) -> Iterator[pipeline.Batch]:
     """Without end."""

@@ -38,13 +38,13 @@ class Training:
     self.compile_seconds = time.perf_counter() - start
     self.peak = memory.peak_bytes(self._step)
     mesh = sharding.make_mesh([device])
-    self._state = state.initialise(
+    self._state = state.Initial(
       models.create_model(**vars(plan.model)),
       optim.make(plan.optim),
       plan.data.image_size,
       plan.seed,
       sharding.replicated(mesh),
-    )
+    ).state()
     random = np.random.default_rng(0)
     size = plan.data.image_size
     batch = {

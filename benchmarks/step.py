@@ -60,7 +60,7 @@ class Ours:
     self._batches = {mode: _random(program.arguments[1]) for mode, program in programs.items()}
     optimizer, how = optim.make(self.plan.optim), programs['train'].arguments[0].step.sharding
     size = self.plan.data.image_size
-    self._state = state.initialise(self.model, optimizer, size, 0, how, ema=False)
+    self._state = state.Initial(self.model, optimizer, size, 0, how, ema=False).state()
 
   def calls(self) -> dict[str, Call]:
     """{'train': f, 'eval': f}."""

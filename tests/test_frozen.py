@@ -46,7 +46,7 @@ def run(plan, how, num_devices=1, num_steps=1, change=lambda now: now, **more):
     out_shardings=everywhere,
     compiler_options=QUICKLY,
   )
-  now = state.initialise(MODEL, optimizer, 8, 0, everywhere, how.regularisation.ema_decay > 0)
+  now = state.Initial(MODEL, optimizer, 8, 0, everywhere, how.regularisation.ema_decay > 0).state()
   now = change(now)
   before = jax.device_get(now)
   for batch in batches(num_steps):

@@ -94,7 +94,7 @@ DATA = config.resolve(digits_config.get_config()).data
 
 
 def small_state(mesh):
-  return state.initialise(Small(), optax.sgd(0.1, 0.9), SIZE, 0, sharding.replicated(mesh))
+  return state.Initial(Small(), optax.sgd(0.1, 0.9), SIZE, 0, sharding.replicated(mesh)).state()
 
 
 @pytest.mark.parametrize('devices', [1, 8])

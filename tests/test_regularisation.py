@@ -43,7 +43,7 @@ def run(num_devices, num_steps=2, regularisation=EVERYTHING, seed=0):
     donate_argnums=0,
     out_shardings=replicated,
   )  # fmt: skip
-  now = state.initialise(MODEL, optimizer, 8, 0, replicated, regularisation.ema_decay > 0)
+  now = state.Initial(MODEL, optimizer, 8, 0, replicated, regularisation.ema_decay > 0).state()
   states, losses = [jax.device_get(now)], []
   for batch in batches(num_steps):
     now, (loss, _, _) = step(now, sharding.put_batch(batch, mesh))

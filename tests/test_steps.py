@@ -46,7 +46,7 @@ def run(plan, batches, num_devices, seed=0):
     donate_argnums=0,
     out_shardings=replicated,
   )
-  now = state.initialise(MODEL, optimizer, 32, seed, replicated)
+  now = state.Initial(MODEL, optimizer, 32, seed, replicated).state()
   losses = []
   for batch in batches:
     now, (loss, _, _) = train_step(now, sharding.put_batch(batch, mesh))
@@ -104,7 +104,7 @@ def test_global_batch_norm(plan, batches, on_eight):
   """Running means after one step are those of the whole batch, not of a device's share."""
   now, _, _ = run(plan, batches[:1], 8)
   one = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
-  first = state.initialise(MODEL, optim.make(plan.optim), 32, 0, one)
+  first = state.Initial(MODEL, optim.make(plan.optim), 32, 0, one).state()
   images = (batches[0]['image'] / 255 - np.array(plan.data.mean)) / np.array(plan.data.std)
   kernel = jax.device_get(first.params['stem']['conv']['kernel'])
   out = jax.lax.conv_general_dilated(
@@ -180,7 +180,7 @@ def first_step(plan, batch, num_devices, micro_batches, stats=None):
   step = steps.make_train_step(
     MODEL, optimizer, plan.data, config.Step(micro_batches=micro_batches)
   )
-  now = state.initialise(MODEL, optimizer, 32, 0, replicated)
+  now = state.Initial(MODEL, optimizer, 32, 0, replicated).state()
   now = now if stats is None else now.replace(batch_stats=stats)
   return jax.jit(step, out_shardings=replicated)(now, sharding.put_batch(batch, mesh))
 
@@ -199,7 +199,7 @@ class WithoutBatchNorm(nn.Module):
 def test_micro_batches_without_batch_norm_equal_the_whole_batch(plan, batches):
   model, optimizer, batch = WithoutBatchNorm(), optim.make(plan.optim), batches[0]
   mesh = sharding.make_mesh(jax.devices()[:1])
-  now = state.initialise(model, optimizer, 32, 0, sharding.replicated(mesh))
+  now = state.Initial(model, optimizer, 32, 0, sharding.replicated(mesh)).state()
   (whole, loss), (cut, loss_cut) = (
     jax.jit(
       steps.make_train_step(model, optimizer, plan.data, config.Step(micro_batches=micro_batches))
