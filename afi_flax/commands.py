@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -34,6 +35,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     _end(stopped.status)
   except SystemExit as done:
     _end(done.code)
+  except Exception:  # a mistake of ours, after which threads may wait for what will not come
+    traceback.print_exc()
+    _end(1)
 
 
 def keep_compiled_programs() -> None:
@@ -53,7 +57,8 @@ def _end(status: int | str | None) -> None:
   until = time.monotonic() + _PATIENCE
   for thread in threading.enumerate():
     if not thread.daemon and thread is not threading.current_thread():
-      thread.join(max(0.0, until - time.monotonic()))
+      # Not its own join: that of Orbax's threads raises what they raised, and when time is over.
+      threading.Thread.join(thread, max(0.0, until - time.monotonic()))
       if thread.is_alive():
         leave(status if isinstance(status, int) else int(bool(status)))
   sys.exit(status)

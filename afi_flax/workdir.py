@@ -203,8 +203,9 @@ class Workdir:
 
   @property
   def is_new(self) -> bool:
-    """Whether no run has begun in it."""
-    return not files.exists(self.config_path)
+    """Whether no run has begun in it; UserError where that cannot be found out."""
+    with self.writing():
+      return not files.exists(self.config_path)
 
   def read_config(self) -> dict[str, Json]:
     """The config of the run; UserError where there is none."""

@@ -40,15 +40,19 @@ def test_a_flag_that_may_be_repeated_takes_several_values(defined, given, images
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('ending', 'status'), [('pass', 0), ("raise UserError('no')", 2), ('sys.exit(5)', 5)]
+  ('ending', 'status'),
+  [('pass', 0), ("raise UserError('no')", 2), ('sys.exit(5)', 5), ('raise ValueError', 1)],
 )
 def test_a_thread_that_hangs_does_not_keep_the_process(ending, status):
   code = (
     'import sys, threading\n'
     'from afi_flax import commands\n'
     'from afi_flax.errors import UserError\n'
+    'class Waiting(threading.Thread):\n'
+    '  def join(self, timeout=None):\n'  # as that of Orbax's threads does
+    '    raise TimeoutError\n'
     'def main(_):\n'
-    '  threading.Thread(target=threading.Event().wait).start()\n'
+    '  Waiting(target=threading.Event().wait).start()\n'
     f'  {ending}\n'
     'commands.run(main)\n'
   )

@@ -88,7 +88,9 @@ def emptied(disk):
 
 def read_only(disk):
   """As a file system is after an error, for all that is opened from now on."""
-  disk.run('mount --bind run run && mount -o remount,bind,ro run')
+  # It is busy while a file there is open for writing.
+  remount = 'for i in $(seq 500); do mount -o remount,bind,ro run && exit; sleep 0.01; done; exit 1'
+  disk.run(f'mount --bind run run && {remount}')
 
 
 def writable(disk):
