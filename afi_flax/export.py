@@ -34,7 +34,9 @@ _PREPROCESSING = flags.DEFINE_bool(
   'safetensors has no such thing.',
 )
 _OUT = flags.DEFINE_string(
-  'out', None, 'The folder to make; an older export there is replaced. None: export/FORMAT.'
+  'out',
+  None,
+  "The folder to make; an older export there is replaced. Without it: export/FORMAT in the run's.",
 )
 
 

@@ -224,9 +224,10 @@ class Reporter:
       f'loss {f"{loss:.3f}" if loss < 10 else f"{loss:.4g}"}',
       f'top-1 {record["top1"]:5.1%}',
       f'lr {learning_rate:<8.3g}',
-      rate(record['images_per_second']).rjust(6)
-      + (f'/s, MFU {record["mfu"]:.0%}' if 'mfu' in record else ' pictures/s'),
     ]
+    if speed := record['images_per_second']:  # 0 where the run ended here before
+      mfu = f'/s, MFU {record["mfu"]:.0%}' if 'mfu' in record else ' pictures/s'
+      self._results.append(rate(speed).rjust(6) + mfu)
     if self.console.has_bar:
       self._draw_bar()
     else:

@@ -45,6 +45,7 @@ class Examination:
       {} for a network without such places. See `selectivity.py`.
     reuse: {block: its fusion weights}; {} for a plain network.
     train_top1: fraction, on training pictures in evaluation mode; None where none were asked for.
+    train_examples: how many these are.
   """
 
   split: str
@@ -59,6 +60,7 @@ class Examination:
   selectivity: dict[str, np.ndarray]
   reuse: dict[str, Reuse]
   train_top1: float | None
+  train_examples: int
 
 
 def examine(
@@ -122,6 +124,7 @@ def examine(
       for block in selectivity.in_order(sums['reuse'])
     },
     train_top1=seen.top1 if seen and seen.examples else None,
+    train_examples=seen.examples if seen else 0,
   )
 
 

@@ -7,13 +7,21 @@ files have a column `run` with the label; shares and probabilities are in 0..1.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from afi_flax.analysis import accuracy_figures, contact_sheets, figures, page, style, tables
+from afi_flax.analysis import (
+  accuracy_figures,
+  contact_sheets,
+  figures,
+  page,
+  quality,
+  style,
+  tables,
+)
 from afi_flax.analysis.contact_sheets import Caption, Explained
 from afi_flax.analysis.examine import Examination
 
@@ -55,32 +63,53 @@ def summary(runs: Runs, about: Mapping[str, Mapping[str, Any]]) -> Part:
     for label, run in runs.items()
   ]
   facts = [(name, {k: about[k][name] for k in runs}) for name in next(iter(about.values()))]
-  facts += [(name, {k: words(r) for k, r in runs.items()}) for name, words in _FIGURES.items()]
+  facts += [(name, {k: words(r) for k, r in runs.items()}) for name, words in _figures(runs)]
   shown = [{'': name, **values} for name, values in facts]
   text = (
     'Of two runs, the baseline comes first. Every figure is a PNG file in the folder of this page, '
-    'and its numbers are a CSV file there.'
+    'and its numbers are a CSV file there. In brackets: what so many examples say of all others of '
+    'their kind, with 95% confidence; how runs with other seeds differ is not in it.'
   )
   table = page.Table('The main figures', shown, 'summary.csv', folded=False)
   return Part(page.Section('Summary', text, tables=(table,)), {'summary.csv': rows})
 
 
-_FIGURES = {
-  'evaluated on': lambda r: f'{r.split}, {r.examples:,} examples',
-  'top-1': lambda r: f'{r.top1:.2%}',
-  'top-5': lambda r: f'{r.top5:.2%}',
-  'NLL': lambda r: f'{r.nll:.3f} nats',
-  'ECE': lambda r: f'{r.reliability.ece:.2%}',
-  'training top-1': lambda r: '–' if r.train_top1 is None else f'{r.train_top1:.2%}',
-  'gap': lambda r: '–' if r.train_top1 is None else f'{100 * (r.train_top1 - r.top1):+.2f} points',
-}
-
-
 def in_words(runs: Runs) -> str:
   """The main figures as a table for a terminal."""
   return tables.text(
-    [{'run': label, **{n: words(r) for n, words in _FIGURES.items()}} for label, r in runs.items()]
+    [{'': name} | {k: words(r) for k, r in runs.items()} for name, words in _figures(runs)]
   )
+
+
+def _figures(runs: Runs) -> list[tuple[str, Callable[[Examination], str]]]:
+  """What the main figures are called, and how one is said."""
+  several = len(next(iter(runs.values())).class_names) > 5  # else all are among the first five
+  return [
+    ('evaluated on', lambda r: f'{r.split}, {r.examples:,} examples'),
+    ('top-1', lambda r: _share(r.top1, r.examples)),
+    *([('top-5', lambda r: f'{r.top5:.2%}')] if several else []),
+    ('NLL', lambda r: f'{r.nll:.3f} nats'),
+    ('ECE', lambda r: f'{r.reliability.ece:.2%}'),
+    ('training top-1', lambda r: _share(r.train_top1, r.train_examples)),
+    ('gap', _gap),
+  ]
+
+
+def _share(share: float | None, examples: int) -> str:
+  if share is None:
+    return '–'
+  low, high = quality.interval(share, examples)
+  return f'{share:.2%} ({100 * low:.1f} to {100 * high:.1f})'
+
+
+def _gap(run: Examination) -> str:
+  if run.train_top1 is None:
+    return '–'
+  low, high = quality.difference_interval(
+    run.train_top1, run.train_examples, run.top1, run.examples
+  )
+  points = 100 * (run.train_top1 - run.top1)
+  return f'{points:+.2f} points ({100 * low:+.1f} to {100 * high:+.1f})'
 
 
 def grad_cam(

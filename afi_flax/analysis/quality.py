@@ -6,6 +6,7 @@ into equal bins of their probability, and in each the mean probability is held a
 
 import dataclasses
 import heapq
+import math
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from afi_flax.errors import UserError
 
 BINS = 15  # as in Guo et al.
 MISTAKES = 32
+_Z = 1.96  # standard deviations, for 95% of a normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Reliability:
   accuracy: np.ndarray
   count: np.ndarray
   ece: float
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+  """What a share of n examples says of all others of their kind: the 95% interval of Wilson (1927).
+
+  Unlike a standard error, it is no point where all of a few are right.
+  """
+  centre = share + _Z**2 / (2 * n)
+  half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+  return max(0.0, (centre - half) / (1 + _Z**2 / n)), min(1.0, (centre + half) / (1 + _Z**2 / n))
+
+
+def difference_interval(a: float, n: int, b: float, m: int) -> tuple[float, float]:
+  """Of a - b, shares of n and m other examples: the 95% interval of Newcombe (1998, method 10)."""
+  (a_low, a_high), (b_low, b_high) = interval(a, n), interval(b, m)
+  return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
 class Tally:

@@ -1,6 +1,5 @@
 """Pictures that a person names, to be predicted: files, folders, patterns, lists of paths."""
 
-import collections
 import dataclasses
 import errno
 import glob
@@ -128,10 +127,7 @@ def _nothing(name: str) -> UserError:
     return UserError(
       f"the pattern '{shown(name)}' matches {found}; paths are relative to {os.getcwd()}"
     )
-  suffixes = collections.Counter()
-  for _, _, files in folders.walk(name):
-    suffixes.update(os.path.splitext(file)[1].lower() or 'no suffix' for file in files)
-  found = ', '.join(f'{count:,} of {shown(suffix)}' for suffix, count in suffixes.most_common(3))
+  found = folders.by_suffix(f for _, _, files in folders.walk(name) for f in files)
   cure = f"; '{shown(os.path.join(name, '*'))}' takes files whatever their names" if found else ''
   return UserError(
     f'{shown(name)} has no files with the suffix of a picture ({", ".join(folders.SUFFIXES)}), '

@@ -20,6 +20,10 @@ from afi_flax.models import create_model
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 CODE_LICENSE = 'Apache-2.0'
+_NOTE = (
+  'In training and evaluation pictures were decoded and resized by another library than here; both '
+  'smooth where they shrink, and their pixels differ by a level or so of 255 on average.'
+)
 
 
 def text(network: Network, module: ModuleType, checkpoint: str, records: Sequence[Record]) -> str:
@@ -36,7 +40,7 @@ def text(network: Network, module: ModuleType, checkpoint: str, records: Sequenc
   parts = [
     f'---\n{_header(network, list(found.values()))}---',
     _title(network, module),
-    '## Use\n\n```python\n' + _code(network, module) + '```',
+    '## Use\n\n```python\n' + _code(network, module) + '```\n\n' + _NOTE,
     '## Accuracy\n\n' + _accuracy(list(found.values()), step, checkpoint == 'best'),
     '## Cost\n\n' + _cost(network),
     '## Data\n\n' + _data(network),

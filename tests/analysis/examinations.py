@@ -28,6 +28,7 @@ def examination(seed=0, classes=6, afi=True, per_class=20, blocks=4, channels=16
     'selectivity': selectivity(rng, blocks, channels),
     'reuse': reuse(rng, blocks) if afi else {},
     'train_top1': 0.75,
+    'train_examples': 200,
   }
   return Examination(**fields | changes)
 

@@ -113,7 +113,7 @@ def test_summary_and_words_for_a_terminal():
   }  # fmt: skip
   (table,) = part.section.tables
   shown = {row['']: row['afi'] for row in table.rows}
-  assert shown['gap'] == '+25.31 points'
+  assert shown['gap'] == '+25.31 points (+14.4 to +35.7)'
   assert shown['evaluated on'] == 'test, 120 examples'
   assert '+25.31 points' in gallery.in_words(runs)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from afi_flax.analysis.quality import Mistake, Tally
+from afi_flax.analysis.quality import Mistake, Tally, difference_interval, interval
 
 K = 12
 
@@ -84,3 +84,24 @@ def test_few_classes_have_few_ranks():
   ranks = np.array([0, 1, 1], np.int32)
   tally.add(zeros, zeros, ranks, np.full(3, 0.6, np.float32), ranks, np.zeros(3, np.float32))
   assert tally.top5 == 1
+
+
+@pytest.mark.parametrize(
+  ('share', 'n', 'low', 'high'),
+  # Of Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I.
+  [(81 / 263, 263, 0.2553, 0.3662), (15 / 148, 148, 0.0624, 0.1605), (0 / 20, 20, 0.0, 0.1611),
+   (1 / 29, 29, 0.0061, 0.1718)],
+)  # fmt: skip
+def test_the_interval_of_a_share(share, n, low, high):
+  np.testing.assert_allclose(interval(share, n), (low, high), atol=5e-5)
+  np.testing.assert_allclose(interval(1 - share, n), (1 - high, 1 - low), atol=5e-5)
+
+
+@pytest.mark.parametrize(
+  ('a', 'n', 'b', 'm', 'low', 'high'),
+  # Of Newcombe, "Interval estimation for the difference between independent proportions" (1998).
+  [(56 / 70, 70, 48 / 80, 80, 0.0524, 0.3339), (9 / 10, 10, 3 / 10, 10, 0.1705, 0.8090),
+   (10 / 10, 10, 0 / 20, 20, 0.6791, 1.0)],
+)  # fmt: skip
+def test_the_interval_of_a_difference(a, n, b, m, low, high):
+  np.testing.assert_allclose(difference_interval(a, n, b, m), (low, high), atol=5e-5)

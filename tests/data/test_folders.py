@@ -42,10 +42,11 @@ def test_a_part_of_a_folder_has_all_classes_and_new_files_move_no_others(picture
   assert [name for name in renewed if 'new' not in name] == order
 
 
-def test_what_is_a_picture_and_what_a_class(picture_folder):
+def test_what_is_a_picture_and_what_a_class(picture_folder, caplog):
   train = picture_folder / 'train'
   (train / '.hidden').mkdir()
-  (train / 'ant/notes.txt').write_text('no picture')
+  for other in ('ant/notes.txt', 'bee/b.heic', 'bee/c.HEIC', 'bee/.DS_Store'):
+    (train / other).write_text('no picture')
   (train / 'ant/deeper').mkdir()
   shutil.copy(train / 'ant/0.jpg', train / 'ant/deeper/ü x\n.JPEG')
   os.symlink(train, train / 'ant/loop')
@@ -54,6 +55,10 @@ def test_what_is_a_picture_and_what_a_class(picture_folder):
   assert len(split) == 22
   [odd] = [i for i in range(22) if 'deeper' in split.name(i)]
   assert split.read(odd)[1] == 0
+  links, left_out = (record.getMessage() for record in caplog.records)
+  assert links.startswith('links to folders')
+  assert left_out.startswith(f'{train}: 3 files in class folders have not the suffix')
+  assert left_out.endswith(': 2 of .heic, 1 of .txt')
 
 
 def test_a_class_may_be_called_train(picture_folder):
