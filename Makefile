@@ -22,7 +22,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=25
 
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault

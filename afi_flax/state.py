@@ -106,21 +106,23 @@ class Initial:
     self._seed = jnp.uint32(seed)  # an argument, so that one compiled program serves all seeds
     self._traced = init.trace(self._seed)
     self.abstract = _abstract(self._traced.out_info, sharding)
-    self._compiling: futures.Future[jax.stages.Compiled] | None = None
+    self._making: futures.Future[TrainState] | None = None
 
-  def compile(self) -> None:
-    """Begins to compile in the background what makes the numbers."""
-    self._compiling = background.begin(self._traced.lower().compile)
+  def make(self) -> None:
+    """Begins to make the numbers in the background, where they live."""
+    lowered = self._traced.lower()
+    self._making = background.begin(lambda: jax.block_until_ready(lowered.compile()(self._seed)))
 
   def ready(self, seconds: float) -> bool:
-    """Whether that is done, after so long at most."""
-    return bool(futures.wait([self._compiling], seconds).done)
+    """Whether they are there, after so long at most."""
+    return bool(futures.wait([self._making], seconds).done)
 
   def state(self) -> TrainState:
-    """Makes it where it lives."""
-    if self._compiling is None:
-      self.compile()
-    return self._compiling.result()(self._seed)
+    """The numbers, once; the caller may donate them."""
+    if self._making is None:
+      self.make()
+    made, self._making = self._making, None
+    return made.result()
 
 
 @jax.jit

@@ -135,7 +135,7 @@ class _Pass:
     parts.clock.pause()
     parts.clock.speed()  # of steps that may have been rolled back
     self._zeros = jax.jit(metrics.zeros, out_shardings=sharding.replicated(parts.mesh))
-    self._rate = optim.schedule(plan.optim)
+    self._rate = jax.jit(optim.schedule(plan.optim))  # else each of its operations is compiled
     initial = self._begin()
     self._state, self._origin = start.initial_state(
       plan, parts.mesh, parts.checkpoints, initial, rolling_back=past > 0, taken=parts.taken
@@ -170,7 +170,7 @@ class _Pass:
     there = parts.checkpoints.steps()
     new = not there and not plan.run.resume
     if new:
-      initial.compile()
+      initial.make()
     if not parts.feed.compiled and not (there and there[-1] >= plan.run.stop_step):
       parts.feed.compile(initial.abstract)
     while new and not initial.ready(seconds=0.2):

@@ -61,6 +61,7 @@ def run(which: str, arguments: Sequence[str], cache: pathlib.Path) -> dict[str, 
   awaited = {name: line for name, line in (OURS if which == 'ours' else JAX).items() if line}
   command = [sys.executable, '-m', 'benchmarks.start', which, *arguments]
   env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_LOG_COMPILES': '1'}
+  env.pop('PYTHONDONTWRITEBYTECODE', None)  # or every start would compile all modules
   said, ends = [], {'start': time.time()}
   with subprocess.Popen(
     command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -118,8 +118,8 @@ def link_to_itself(path):
 
 
 def links_in_a_ring(path):
-  path.symlink_to('other')
-  (path.parent / 'other').symlink_to(path.name)
+  path.symlink_to('.other')
+  (path.parent / '.other').symlink_to(path.name)
 
 
 def endless_device(path):
