@@ -7,11 +7,8 @@ import pathlib
 import jax
 import pytest
 
-from tests.faults import (  # noqa: F401
-  pytest_addoption,
-  pytest_collection_modifyitems,
-  pytest_terminal_summary,
-)
+from tests import faults, parity
+from tests.faults import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault(  # or it leaves a folder in the repository
@@ -26,6 +23,12 @@ jax.config.update(
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """What tests have measured; here, since a folder's own is not asked where xdist runs them."""
+  faults.summarise(terminalreporter, config)
+  parity.summarise(terminalreporter)
 
 
 @pytest.fixture

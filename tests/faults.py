@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
       item.user_properties.append(('fault', (kind, injected, ends)))
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def summarise(terminalreporter, config):
   if not config.getoption('--faults'):
     return
   reports = [

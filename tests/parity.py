@@ -6,7 +6,7 @@ _MEASURED = {
 }
 
 
-def pytest_terminal_summary(terminalreporter):
+def summarise(terminalreporter):
   """A row for every network: the largest absolute differences of its logits."""
   reports = [r for key in ('passed', 'failed') for r in terminalreporter.getreports(key)]
   for measured, title in _MEASURED.items():
