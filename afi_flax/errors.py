@@ -22,6 +22,12 @@ class FailedError(UserError):
   status = 74  # EX_IOERR
 
 
+class AbsentError(UserError):
+  """A process of the run did not come up in time; its host may only be late."""
+
+  status = 69  # EX_UNAVAILABLE
+
+
 def shown(name: str) -> str:
   r"""A name as one line that prints anywhere: 'a\nb' has no line break, and bytes of no text \udc..
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from afi_flax.commands import leave
-from afi_flax.errors import StoppedError, UserError
+from afi_flax.errors import AbsentError, FailedError, StoppedError, UserError
 from afi_flax.place import Place, bracketed
 
 _FAILURE = 1  # exit status of what nobody has foreseen
@@ -47,8 +47,10 @@ def together(
     timeout: seconds in which all must have come up.
 
   Raises:
-    UserError: a process did not come up, two are the same, what must be agreed differs, or JAX
-      cannot listen at process 0 or be reached there.
+    AbsentError: a process did not come up.
+    FailedError: process 0 ended before all had.
+    UserError: two are the same, what must be agreed differs, or JAX cannot listen at process 0 or
+      be reached there.
   """
   if place is None:
     yield
@@ -148,9 +150,9 @@ class _Group:
       while len(self._peers) < place.count - 1:  # all, so that all hear of an objection
         left = deadline - time.monotonic()
         if left <= 0:
-          raise UserError(
-            (*objections, self._absent(set(range(place.count)) - set(rows), timeout))[0]
-          )
+          if objections:
+            raise UserError(objections[0])
+          raise self._absent(set(range(place.count)) - set(rows), timeout)
         server.settimeout(left)
         with contextlib.suppress(TimeoutError):
           if objection := self._admit(server.accept()[0], agreed, rows):
@@ -201,10 +203,10 @@ class _Group:
     differs = _difference(agreed, hello['agreed'])
     return differs and f'{peer.name} and process 0 differ in {differs}; give all the same command'
 
-  def _absent(self, missing: set[int], timeout: float) -> str:
+  def _absent(self, missing: set[int], timeout: float) -> AbsentError:
     names = [self.place.name(i) for i in sorted(missing)]
     listed = ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
-    return (
+    return AbsentError(
       f'{listed} of {self.place.count} did not come up within {timeout:g} s; '
       'see why in the output there, or give more --start_timeout'
     )
@@ -214,7 +216,7 @@ class _Group:
     place = self.place
     connection, why = self._reach_first(place.port, timeout)
     if not connection:
-      raise UserError(
+      raise AbsentError(
         f'{place.name(0)} at {place.address(place.port)} did not come up within {timeout:g} s: '
         f'{why}; see why in the output there, or give more --start_timeout'
       )
@@ -226,7 +228,9 @@ class _Group:
     if 'rows' not in answer:
       self._peers.clear()  # the others know already
       peer.close()
-      raise UserError(answer.get('failed', f'{peer.name} ended while the processes were starting'))
+      raise _of_status(answer) or FailedError(
+        f'{peer.name} ended while the processes were starting; see its output, and start them again'
+      )
     self._watch(peer)
     self._start_beating()
     return answer['rows']
@@ -351,6 +355,14 @@ class _Group:
     for peer in self._peers:
       if peer is not but and peer.thread:
         peer.thread.join(max(deadline - time.monotonic(), 0))
+
+
+def _of_status(message: dict) -> UserError | None:
+  """What process 0 says that ended it, as an error of the same exit status; None: nothing."""
+  if 'failed' not in message:
+    return None
+  kinds = {kind.status: kind for kind in (UserError, AbsentError, FailedError)}
+  return kinds.get(message['status'], FailedError)(message['failed'])
 
 
 def _difference(own: dict[str, str], other: dict[str, str]) -> str:

@@ -46,25 +46,25 @@ def base() -> ml_collections.ConfigDict:
   config.data.cutmix = 0.0  # alpha; 0: off
   config.data.erasing = 0.0  # probability that a rectangle of a picture is erased
   config.data.mean = (0.5, 0.5, 0.5)  # of the channels, in 0..1
-  config.data.std = (0.25, 0.25, 0.25)
+  config.data.std = (0.25, 0.25, 0.25)  # likewise
   config.data.on_device = False  # True: a set that fits is kept on the devices and augmented there
   config.data.max_unreadable = 100  # pictures that may fail to decode before the run ends
 
   config.batch_size = 64  # over all devices and processes
   config.micro_batches = 1  # a batch is computed in so many parts, one after another: less memory
   config.eval_batch_size = 256  # any number: the last batch is padded and masked
-  config.epochs = 1.0
+  config.epochs = 1.0  # passes over the training split, which need not be whole
   config.ema_decay = 0.0  # of a mean of weights and statistics, which is evaluated; 0: off
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = 'cross_entropy'  # or bce: binary cross-entropy for each class, averaged
-  config.loss.label_smoothing = 0.0
+  config.loss.label_smoothing = 0.0  # of the target, spread evenly over all classes
   config.loss.target_threshold = 0.0  # of bce: mixed targets above it become 1, others 0; 0: off
 
   config.schedule = ml_collections.ConfigDict()
   config.schedule.name = 'step'  # step, cosine
   config.schedule.base_lr = 0.1  # at base_batch_size; grows in proportion to batch_size
-  config.schedule.base_batch_size = 64
+  config.schedule.base_batch_size = 64  # which base_lr is for
   config.schedule.boundaries = ()  # where a step schedule drops, as fractions of the run
   config.schedule.factor = 0.1  # what it multiplies the rate by at each
   config.schedule.warmup_epochs = 0.0  # linear, from 0
@@ -72,7 +72,7 @@ def base() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'sgd'  # sgd, lars, adamw, lamb
   config.optimizer.momentum = 0.9  # of adamw and lamb the first beta; the second is 0.999
-  config.optimizer.nesterov = False
+  config.optimizer.nesterov = False  # of sgd: looks ahead by the momentum
   config.optimizer.weight_decay = 1e-4  # sgd, lars: added to the gradient; else to the update
   config.optimizer.decay_vectors = True  # on biases and scales too
   config.optimizer.clip_norm = 0.0  # of the gradient, before the decay is added; 0: off
@@ -91,9 +91,9 @@ def base() -> ml_collections.ConfigDict:
   config.run.init_from = ''
   config.run.workers = 0  # processes that decode pictures; 0: threads
   config.run.max_steps = 0  # ends early, with the schedule of the whole run; 0: off
-  config.run.log_every_steps = 100
-  config.run.eval_every_epochs = 1.0
-  config.run.save_every_steps = 1000
+  config.run.log_every_steps = 100  # the means since the last line
+  config.run.eval_every_epochs = 1.0  # any number above 0; and at the end
+  config.run.save_every_steps = 1000  # besides, at every evaluation and stop
   config.run.keep = 2  # newest checkpoints; the best is kept besides
   config.run.on_nonfinite = 'raise'  # or skip the batch; or rollback to a checkpoint and past it
   config.run.max_nonfinite = 10  # batches that may be skipped, or rolled back from

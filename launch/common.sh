@@ -6,7 +6,7 @@ dry_run=false
 main_flags=()
 
 # Exit status of afi_flax.main (see its docstring) that a launcher tells apart.
-readonly MISTAKE=2 STOPPED=75
+readonly MISTAKE=2 ABSENT=69 STOPPED=75
 
 die() {
   printf 'error: %s\n' "$*" >&2

@@ -18,13 +18,14 @@
 #   --chips         of each host; without it 4 for TPUs and 8 for GPUs
 #   --slices        TPU slices of that topology that share a run
 #   --max_restarts  after failures; 10 without. A mistake in what was asked for (exit status 2) is not
-#                   tried again; a pod that was stopped with the state saved (75), or that
-#                   Kubernetes evicted or lost with its node, always is
+#                   tried again; a pod that was stopped with the state saved (75), that waited in vain
+#                   for another one to come up (69), or that Kubernetes evicted, always is. Of
+#                   several hosts, one that vanishes without a word is a failure
 #   --bucket        is mounted as /bucket (Cloud Storage FUSE; needs --service_account)
 #   --dry_run       prints what would run
 #
-# Needs kubectl with the cluster's credentials and JobSet 0.10 or later in the cluster; docker for
-# build. Give a --workdir in a bucket, gs://BUCKET/FOLDER, which needs --service_account, or on a file
+# Needs kubectl with the cluster's credentials and JobSet 0.10 or later in the cluster, and for GPUs
+# nodes whose NVIDIA driver is one for CUDA 13 (580 or later); docker for build. Give a --workdir in a bucket, gs://BUCKET/FOLDER, which needs --service_account, or on a file
 # system that all hosts share.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -150,8 +151,8 @@ mounts() {
 }
 
 manifest() {
-  local resource=google.com/tpu
-  [[ -z $gpu ]] || resource=nvidia.com/gpu
+  local resource=google.com/tpu platforms=tpu,cpu
+  [[ -z $gpu ]] || resource=nvidia.com/gpu platforms=cuda,cpu
   cat <<MANIFEST
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -171,6 +172,10 @@ spec:
       action: RestartJobSetAndIgnoreMaxRestarts
       onJobFailureReasons: [PodFailurePolicy]
       onJobFailureMessagePatterns: ['exit code $STOPPED ']
+    - name: absent
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: ['exit code $ABSENT ']
     - name: disrupted
       action: RestartJobSetAndIgnoreMaxRestarts
       onJobFailureReasons: [PodFailurePolicy]
@@ -187,7 +192,7 @@ spec:
         podFailurePolicy:
           rules:
           - action: FailJob
-            onExitCodes: {containerName: afi-flax, operator: In, values: [$MISTAKE, $STOPPED]}
+            onExitCodes: {containerName: afi-flax, operator: In, values: [$MISTAKE, $ABSENT, $STOPPED]}
           - action: FailJob
             onPodConditions: [{type: DisruptionTarget, status: "True"}]
         template:
@@ -214,6 +219,8 @@ $(arguments | indent 14)
               - name: JOBSET_JOB
                 valueFrom: {fieldRef: {fieldPath: "metadata.annotations['jobset.sigs.k8s.io/replicatedjob-name']"}}
               - {name: JOBSET_HOSTS, value: "$hosts"}
+              # Without the accelerator, JAX would take the CPU and say little of it.
+              - {name: JAX_PLATFORMS, value: "$platforms"}
               resources:
                 limits: {$resource: $chips}
               volumeMounts:
@@ -259,7 +266,7 @@ case $action in
   manifest) print_manifest ;;
   run) run_jobset ;;
   logs)
-    kube logs --follow --selector \
+    kube logs --follow --tail=-1 --selector \
       "jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     ;;
   status) kube get jobset,pods --selector "jobset.sigs.k8s.io/jobset-name=$name" ;;

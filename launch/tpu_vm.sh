@@ -13,7 +13,7 @@
 #   resume   whatever is missing of create (or queue, with --queue), copy and run; and where the slice
 #            is taken away meanwhile, deletes what is left of it and does so again
 #   status   the state of the slice
-#   delete   the slice
+#   delete   the slice, and what asked for it in the queue
 #
 #   --bucket  is mounted on every host as ~/bucket, for data: --config.data.data_dir=bucket/...
 #
@@ -113,7 +113,8 @@ run_main() {
 }
 
 delete() {
-  if $queue; then
+  # A request stays when only its slice goes, and keeps the name and the quota.
+  if $queue || { ! $dry_run && [[ -n $(queue_state) ]]; }; then
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force
   else
     run gcloud compute tpus tpu-vm delete "$name" "${where[@]}"

@@ -1,5 +1,6 @@
 import fractions
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 from afi_flax import config as config_lib
 from afi_flax import models, optim, sharding, state
 from afi_flax.config import Dataset, parse_variant, resolve
+from afi_flax.config_keys import KINDS
 from afi_flax.data import pipeline, sources
 from afi_flax.errors import UserError
 from afi_flax.models.attention import ATTENTIONS
@@ -100,6 +102,18 @@ def test_every_config_says_what_it_is(name):
   assert 'xpect' in doc
   with pytest.raises(UserError, match='unknown config variant'):
     load(name, 'bee')
+
+
+def test_every_key_is_explained(root):
+  lines = (root / 'configs' / 'common.py').read_text().split('def cifar(')[0].splitlines()
+  keys = [
+    (line, above)
+    for above, line in itertools.pairwise(lines)
+    if re.match(r' +config\.[\w.]+ = (?!ml_collections)', line)
+  ]
+  assert len(keys) == len(KINDS)
+  for line, above in keys:
+    assert '  # ' in line or above.strip().startswith('#'), f'no comment: {line.strip()}'
 
 
 @pytest.mark.parametrize('row', ROWS)

@@ -125,7 +125,6 @@ def test_what_is_said_of_slices(root):
     peaks = [row['peak_mib'] for row in slices.values()]
     assert max(peaks) <= 1.01 * min(peaks)
     row = slices['v5e:4x8']
-    assert (
-      f'| {round(row["peak_mib"]):,} MiB | {row["all_reduces"]}, of {row["all_reduce_mib"]:.0f} MiB '
-      f'| {row["hours_at_best"]:.2f} hours |' in readme
-    )
+    sums = f'{row["all_reduces"]}, of {row["all_reduce_mib"]:.0f} MiB'
+    cells = f'| {round(row["peak_mib"]):,} MiB | {sums} | {row["hours_at_best"]:.2f} hours |'
+    assert cells in readme

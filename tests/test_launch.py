@@ -16,8 +16,9 @@ import threading
 import pytest
 import yaml
 
-from afi_flax.errors import FailedError, StoppedError, UserError
+from afi_flax.errors import AbsentError, FailedError, StoppedError, UserError
 
+STATUSES = [0, 1, 2, AbsentError.status, FailedError.status, StoppedError.status]
 FLAGS = [
   '--config', 'configs/digits_afi_resnet20.py:b,se',
   '--workdir', '/runs/it\'s a "run" of $HOME and $(HOME) \\ `x`',
@@ -64,7 +65,8 @@ STAND_INS = {
   'gcloud': GCLOUD,
   'uv': '#!/bin/bash\nmkdir -p .venv/bin; cp "$STAND_INS/python" .venv/bin',
   'sbatch': '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nSLURM_JOB_ID=7 exec bash "$@"',
-  'srun': '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
+  'srun': '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK $*" >>"$HOME/srun.log"\n'
+  'while [[ $1 == -* ]]; do shift; done\nexec "$@"',
   'scontrol': '#!/bin/bash\necho "$@" >>"$HOME/scontrol.log"',
   'kubectl': '#!/bin/bash\necho "$@" >>"$HOME/kubectl.log"\n'
   'case $3 in get) cat "$HOME/terminal" ;; apply) cat >"$HOME/applied.yaml" ;; esac',
@@ -187,7 +189,8 @@ def test_the_command_line_is_one_of_main(machine, root):
     ('local.sh',), ('local.sh', '--processes=2'),
     ('slurm.sh', '--name=afi', '--nodes=2', '--gpus=8'),
     ('tpu_vm.sh', 'resume', *TPU_VM, *SLICE), ('tpu_vm.sh', 'run', *TPU_VM),
-    ('gke.sh', 'run', *GKE_TPU),
+    ('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, '--queue', '--bucket=b'),
+    ('gke.sh', 'run', *GKE_TPU), ('gke.sh', 'run', *GKE_GPU, '--bucket=b', '--service_account=s'),
   ],
 )  # fmt: skip
 def test_dry_run(machine, command):
@@ -195,6 +198,47 @@ def test_dry_run(machine, command):
   printed = machine.launch(*command, '--dry_run', '--', '--config', 'a b', env={'PYTHON': 'python'})
   assert re.search(r'a\\* b', printed)
   assert not list(machine.home.iterdir()), 'a stand-in was called, or a file written'
+
+
+@pytest.mark.parametrize(
+  ('command', 'prints'),
+  [
+    *(
+      (('tpu_vm.sh', action, *TPU_VM, *SLICE), prints)
+      for action, prints in (
+        ('create', 'tpu-vm create afi '), ('queue', 'queued-resources create afi '),
+        ('copy', 'tpu-vm scp '), ('stop', 'tpu_worker.sh'), ('status', 'tpu-vm describe afi '),
+        ('delete', 'tpu-vm delete afi '),
+      )
+    ),
+    (('tpu_vm.sh', 'delete', *TPU_VM, '--queue'), 'queued-resources delete afi '),
+    (('gke.sh', 'build', *GKE_TPU), 'docker push example.com/afi:1'),
+    (('gke.sh', 'logs', *GKE), 'logs --follow --tail=-1 '),  # else the last ten lines of each pod
+    (('gke.sh', 'status', *GKE), 'get jobset\\,pods '),
+    (('gke.sh', 'delete', *GKE), 'delete jobset afi'),
+  ],
+)  # fmt: skip
+def test_dry_run_of_what_takes_no_flags(machine, command, prints):
+  assert prints in machine.launch(*command, '--dry_run')
+  assert not list(machine.home.iterdir()), 'a stand-in was called, or a file written'
+
+
+def test_tpu_vm_deletes_the_request_too(machine):
+  """Of a slice that was made with --queue, without saying so again."""
+  for name, state in (('state', 'READY'), ('queue', 'ACTIVE')):
+    (machine.home / name).write_text(state)
+  machine.launch('tpu_vm.sh', 'delete', *TPU_VM)
+  assert [line.split()[:2] for line in machine.log('gcloud')][1:] == [
+    ['queued-resources', 'delete']
+  ]
+
+
+def test_slurm_hands_on_the_cores(machine):
+  """By the environment: srun does not take them from the job."""
+  given = ('--name=afi', '--nodes=1', '--gpus=1', '--', *FLAGS)
+  machine.launch('slurm.sh', *given, env={'SLURM_CPUS_PER_TASK': '16'})
+  (called,) = machine.log('srun')
+  assert called.startswith('16 --kill-on-bad-exit=0 ')
 
 
 def test_dry_run_of_slurm(machine):
@@ -210,7 +254,7 @@ def test_dry_run_of_slurm(machine):
   assert words[-2:] == ['--config', 'c.py']
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
+@pytest.mark.parametrize('status', STATUSES)
 def test_slurm_queues_only_a_stopped_run_again(machine, status):
   machine.ends_with(status)
   given = ('--name=afi', '--nodes=1', '--gpus=1', '--', *FLAGS)
@@ -218,14 +262,14 @@ def test_slurm_queues_only_a_stopped_run_again(machine, status):
   assert machine.log('scontrol') == (['requeue 7'] if status == StoppedError.status else [])
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
+@pytest.mark.parametrize('status', STATUSES)
 def test_local_ends_as_its_processes(machine, status):
   machine.ends_with(status)
   machine.launch('local.sh', '--processes=2', '--', *FLAGS, status=status)
   assert len(machine.calls()) == 2
 
 
-@pytest.mark.parametrize('status', [0, 1, 2, FailedError.status, StoppedError.status])
+@pytest.mark.parametrize('status', STATUSES)
 def test_tpu_vm_ends_as_the_run(machine, status):
   machine.ends_with(status)
   machine.launch('tpu_vm.sh', 'resume', *TPU_VM, *SLICE, '--', *FLAGS, status=status)
@@ -351,27 +395,35 @@ def test_jobset_tells_its_pods_who_they_are(machine):
   assert (place.index, place.count, place.host) == (1, 2, 'afi-host-0-0.afi')
 
 
+@pytest.mark.parametrize(('args', 'takes'), [(GKE_TPU, 'tpu,cpu'), (GKE_GPU, 'cuda,cpu')])
+def test_jobset_does_not_train_on_a_cpu(machine, args, takes):
+  """Which JAX would do where it does not find the accelerator, or its driver."""
+  assert {'name': 'JAX_PLATFORMS', 'value': takes} in container(manifest(machine, *args))['env']
+
+
 def test_jobset_tells_exit_statuses_apart(machine):
   jobset = manifest(machine, *GKE_GPU, '--', *FLAGS)
   job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  kinds = UserError, AbsentError, StoppedError
   rule, disrupted = job['podFailurePolicy']['rules']  # a saved state says more than a disruption
-  assert rule['onExitCodes']['values'] == [UserError.status, StoppedError.status]
+  assert rule['onExitCodes']['values'] == [kind.status for kind in kinds]
   assert rule['onExitCodes']['containerName'] == container(jobset)['name']
   assert disrupted['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
   # What Kubernetes' job controller says of each.
   pod = 'pod lab/afi-host-0-1-x'
-  mistake, stopped = (
-    f'Container afi-flax for {pod} failed with exit code {status} matching FailJob rule at index 0'
-    for status in (UserError.status, StoppedError.status)
+  mistake, absent, stopped = (
+    f'Container afi-flax for {pod} failed with exit code {kind.status} matching FailJob rule at '
+    'index 0'
+    for kind in kinds
   )
   evicted = f'P{pod[1:]} has condition DisruptionTarget matching FailJob rule at index 1'
   actions = {}
-  for says in (mistake, stopped, evicted):
+  for says in (mistake, absent, stopped, evicted):
     for rule in jobset['spec']['failurePolicy']['rules']:
       if re.search(rule['onJobFailureMessagePatterns'][0], says):
         actions[says] = rule['action']
   again = 'RestartJobSetAndIgnoreMaxRestarts'
-  assert actions == {mistake: 'FailJobSet', stopped: again, evicted: again}
+  assert actions == {mistake: 'FailJobSet', absent: again, stopped: again, evicted: again}
 
 
 @pytest.mark.parametrize(('terminal', 'deletes'), [('', False), ('Failed', True)])

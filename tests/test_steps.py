@@ -123,20 +123,38 @@ def test_batch_norm_of_each_device_is_that_of_shard_map():
   variables = layer.init(jax.random.key(0), images, train=False)
   by_device, everywhere = jax.sharding.PartitionSpec('data'), jax.sharding.PartitionSpec()
 
-  def forward(variables, images, train):
-    return layer.apply(variables, images, train=train, mutable='batch_stats')[0]
+  wanted = jax.random.normal(jax.random.key(1), (*images.shape[:3], 4))
+
+  def loss(params, images, wanted, train):
+    given = variables | {'params': params}
+    out, updated = layer.apply(given, images, train=train, mutable='batch_stats')
+    return ((out - wanted) ** 2).mean(), (updated['batch_stats'], out)
+
+  gradient = jax.value_and_grad(loss, has_aux=True)
+
+  def of_one_device(params, images, wanted):
+    params = jax.lax.pcast(params, 'data', to='varying')  # else its gradient is summed already
+    (value, (stats, out)), grads = gradient(params, images, wanted, True)
+    return jax.lax.pmean((value, stats, grads), 'data'), out
 
   own = jax.shard_map(
-    lambda v, x: forward(v, x, True),
+    of_one_device,
     mesh=mesh,
-    in_specs=(everywhere, by_device),
-    out_specs=by_device,
+    in_specs=(everywhere, by_device, by_device),
+    out_specs=(everywhere, by_device),
   )
-  ours = jax.jit(lambda v, x: forward(v, x, 8))
-  split = jax.device_put(images, sharding.split(mesh))
-  want = jax.jit(own)(variables, split)
-  np.testing.assert_allclose(ours(variables, split), want, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(ours(variables, images), want, rtol=1e-4, atol=1e-5)  # one device
+
+  @jax.jit
+  def ours(params, images, wanted):
+    (value, (stats, out)), grads = gradient(params, images, wanted, 8)
+    return (value, stats, grads), out
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  split = jax.device_put((images, wanted), sharding.split(mesh))
+  want = jax.jit(own)(variables['params'], *split)
+  assert {x.sharding.num_devices for x in jax.tree.leaves(want)} == {8}
+  jax.tree.map(close, ours(variables['params'], *split), want)
+  jax.tree.map(close, ours(variables['params'], images, wanted), want)  # one device
 
 
 def test_batch_norm_of_groups_of_devices():

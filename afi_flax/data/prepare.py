@@ -120,7 +120,12 @@ def _check_space(dataset: str, root: pathlib.Path, needed: int) -> None:
 def _build(dataset: str, root: pathlib.Path, archives: str) -> None:
   import tensorflow_datasets as tfds
 
-  root.mkdir(parents=True, exist_ok=True)
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(
+      f'{root} cannot be made: {e.strerror}; give another folder by --data_dir'
+    ) from e
   where = {'data_dir': os.fspath(root), 'file_format': 'array_record'}
   if dataset == 'imagenet2012':
     builder = tfds.builder(dataset, **where)

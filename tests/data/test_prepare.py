@@ -104,6 +104,12 @@ def test_a_damaged_archive_is_named(tmp_path):
   assert array_records.find_prepared('cifar10', str(tmp_path / 'out')) is None
 
 
+def test_a_folder_that_cannot_be_made(tmp_path, tiny_archives):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='file/tfds cannot be made: Not a directory; give another'):
+    prepare.prepare('cifar100', f'{tmp_path}/file/tfds', str(tiny_archives))
+
+
 @pytest.fixture
 def with_tensorflow(monkeypatch):
   monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: object())
