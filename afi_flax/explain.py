@@ -38,6 +38,10 @@ _NUM_IMAGES = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the sample.', lower_bound=0)
 _STAGE = flags.DEFINE_integer('stage', None, 'That Grad-CAM looks at, from 1; the last by default.')
 _PLUS_PLUS = flags.DEFINE_bool('plus_plus', False, 'Grad-CAM++ instead of Grad-CAM.')
+_TARGET = flags.DEFINE_string(
+  'target', 'predicted', 'What Grad-CAM explains: the class that is predicted (predicted), the '
+  'true one (true), or a class by its name.',
+)  # fmt: skip
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', 'last, best or a step, of both runs.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the data are, if not where they were.')
 _TRAIN_EXAMPLES = flags.DEFINE_integer(
@@ -60,6 +64,7 @@ def main(_) -> None:
     seed=_SEED.value,
     stage=_STAGE.value,
     plus_plus=_PLUS_PLUS.value,
+    target=_TARGET.value,
     checkpoint=_CHECKPOINT.value,
     data_dir=_DATA_DIR.value,
     train_examples=_TRAIN_EXAMPLES.value,

@@ -62,7 +62,7 @@ class Run:
 
   @functools.cached_property
   def readable_names(self) -> tuple[str, ...]:
-    """The classes in words, also where the data have ids: 'tench (n01440764)'."""
+    """The classes in words, also where the data have ids: 'tench' for 'n01440764'."""
     return imagenet.readable(self.class_names)
 
 

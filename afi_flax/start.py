@@ -103,7 +103,20 @@ def init_from(plan: config_lib.Plan, mesh: Mesh) -> Taken:
       f'process {other} finds another file than process 0 at run.init_from {path}; give all hosts '
       'the same one'
     )
-  return transfer(source, plan.model, plan.dataset.class_names)
+  chosen, report = transfer(source, plan.model, plan.dataset.class_names)
+  _check_frozen(plan, report)
+  return chosen, report
+
+
+def _check_frozen(plan: config_lib.Plan, report: Report) -> None:
+  """UserError where a part is frozen that the source has not as it is, and would not learn it."""
+  changed = (*report.initialised, *report.cut)
+  lost = [name for name in plan.step.frozen if any(p.split('/')[1] == name for p in changed)]
+  if lost:
+    raise UserError(
+      f'optimizer.frozen would keep {lost[0]} from learning, of which {report.where} has not all; '
+      f'leave its part out, or start from a run of {plan.model.name}'
+    )
 
 
 def _of_run(path: str, mesh: Mesh) -> weights.Source:

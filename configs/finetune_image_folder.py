@@ -19,7 +19,8 @@ repeat it for several: stem, stage1, ...
 What to expect: from weights trained on ImageNet, some tens of pictures a class do for classes that
 are easy to tell apart. Many pictures want a larger `--config.batch_size` (the learning rate
 follows) and fewer `--config.epochs`.
-Variants: `:head` (only the classifier learns: for very few pictures, or a first look), one of
+Variants: `:head` (only the classifier learns: for very few pictures, or a first look; of weights of
+the same network, since what a plain one lacks of an AFI network would not learn either), one of
 `:se`, `:ge`, `:cbam`, `:eca` (an attention on every block), `:smoke` (four steps on fake pictures),
 joined by commas.
 """

@@ -1,6 +1,7 @@
 """The command on real runs of a few steps."""
 
 import io
+import pathlib
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from afi_flax.analysis import explain
 from afi_flax.errors import UserError
 from afi_flax.report import Console
 from configs import digits_afi_resnet20
+
+PICTURE = pathlib.Path(__file__).parent.parent / 'results' / 'explain_cifar100' / 'grad_cam.png'
 
 
 def run(*arguments):
@@ -35,7 +38,7 @@ def runs(tmp_path_factory):
 EXPECTED = {
   'index.html', 'grad_cam.png', 'grad_cam.csv', 'reuse.png', 'reuse.csv', 'selectivity.png',
   'selectivity.csv', 'selectivity_by_depth.png', 'selectivity_stage1.png',
-  'selectivity_stage3.png', 'gap.png', 'confusion.png', 'confusion.csv', 'per_class.png',
+  'selectivity_stage3.png', 'gap.png', 'gap.csv', 'confusion.png', 'confusion.csv', 'per_class.png',
   'per_class.csv', 'reliability.png', 'reliability.csv', 'mistakes.png', 'mistakes.csv',
   'summary.csv', 'explain.json',
 }  # fmt: skip
@@ -56,8 +59,8 @@ def test_two_runs_side_by_side(runs):
   assert text.count('<img ') == sum(name.endswith('.png') for name in written)
   assert 'explain/index.html' in done.stdout
   lines = done.stdout.splitlines()
-  assert lines[1].startswith('resnet20')
-  assert lines[2].startswith('afi_resnet20')
+  assert lines[0].split() == ['resnet20', 'afi_resnet20']
+  assert lines[-2].startswith('gap ')
   assert written['selectivity.csv'].count(b'\n') == 1 + 2 * 2 * (8 + 16 + 32)
 
 
@@ -68,12 +71,17 @@ def test_one_run_and_pictures_of_ones_own(runs, tmp_path):
   out = tmp_path / 'out'
   done = run(
     '--workdir', runs / 'resnet20', '--images', tmp_path / 'mine.png', '--stage=1', '--plus_plus',
-    '--train_examples=0', '--out', out,
+    '--train_examples=0', '--out', out, '--target=7',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert {p.name for p in out.iterdir()} == EXPECTED - {'reuse.png', 'reuse.csv', 'gap.png'}
+  assert {p.name for p in out.iterdir()} == EXPECTED - {
+    'reuse.png',
+    'reuse.csv',
+    'gap.png',
+    'gap.csv',
+  }
   assert 'mine.png' in (out / 'grad_cam.csv').read_text()
-  assert 'Grad-CAM++, stage 1' in (out / 'index.html').read_text()
+  assert 'Grad-CAM++, stage 1, for the class &#x27;7&#x27;' in (out / 'index.html').read_text()
 
 
 @pytest.mark.slow
@@ -91,6 +99,11 @@ def test_a_mistake_ends_in_one_line():
     ({'stage': 4}, "stage 4: 'resnet20' has stages 1 to 3"),
     ({'images': ('no.png',)}, 'no.png cannot be read: No such file'),
     ({'checkpoint': '9'}, 'no checkpoint of step 9'),
+    ({'target': '10'}, "unknown --target '10'"),
+    (
+      {'target': 'true', 'images': (str(PICTURE),)},
+      '--target=true, and the true class of',
+    ),
     ({'baseline': 'no/run'}, 'no run in .*/no/run'),
   ],
 )

@@ -52,6 +52,21 @@ def test_a_file_that_another_process_finds_otherwise(tmp_path, monkeypatch):
     first(digits(path))
 
 
+def test_what_the_weights_lack_is_not_frozen(tmp_path):
+  """Of an AFI network that starts from a plain one."""
+  path = tmp_path / 'a.safetensors'
+  fake_weights.save_ours(path, fake_weights.model('resnet20', 10), DIGITS)
+  for frozen, lost in (('body', 'stage1_block2'), ('stage3', 'stage3_block2')):
+    config = digits(path)
+    config.optimizer.frozen = (frozen,)
+    with pytest.raises(UserError, match=f'would keep {lost} from learning, .* a run of afi_resn'):
+      first(config)
+  config.optimizer.frozen = ('stem',)
+  assert first(config)[1].cut
+  config.model.name, config.optimizer.frozen = 'resnet20', ('body',)
+  assert not first(config)[1].initialised
+
+
 @pytest.mark.slow
 def test_a_folder_of_imported_weights_is_a_run(tmp_path):
   path, folder = tmp_path / 'a.safetensors', tmp_path / 'run'

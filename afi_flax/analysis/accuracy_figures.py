@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from afi_flax.analysis import style
+from afi_flax.analysis import quality, style
 from afi_flax.analysis.examine import Examination
 
 Runs = Mapping[str, Examination]
@@ -38,7 +38,7 @@ def gap(runs: Runs) -> Figure:
     panel.plot([test, train], [y, y], color=colour, linewidth=3, alpha=0.45)
     panel.plot(train, y, 'o', color=colour, markersize=7, fillstyle='none', markeredgewidth=1.6)
     panel.plot(test, y, 'o', color=colour, markersize=7)
-    words = f'{test:.2f}%, training {train:.2f}%: {train - test:+.2f} points'
+    words = f'{test:.2f}%, training {train:.2f}%: {gap_in_words(run)}'
     across = panel.get_yaxis_transform()
     panel.text(0.02, y - 0.24, words, fontsize=8.5, color=style.INK, transform=across)
   panel.set_yticks(range(len(known)), labels=[style.short(n, 30) for n in known], parse_math=False)
@@ -48,6 +48,18 @@ def gap(runs: Runs) -> Figure:
   split = next(iter(known.values())).split
   panel.set_xlabel(f'top-1 accuracy: filled {style.short(split, 30)}, open training')
   return fig
+
+
+def gap_interval(run: Examination) -> tuple[float, float]:
+  """Of training minus evaluation accuracy, with 95% confidence."""
+  return quality.difference_interval(run.train_top1, run.train_examples, run.top1, run.examples)
+
+
+def gap_in_words(run: Examination) -> str:
+  """'+1.20 points (−0.3 to +2.7)'."""
+  low, high = gap_interval(run)
+  points = 100 * (run.train_top1 - run.top1)
+  return f'{points:+.2f} points ({100 * low:+.1f} to {100 * high:+.1f})'.replace('-', '−')
 
 
 def confusion(runs: Runs) -> Figure:

@@ -6,6 +6,7 @@ Everything is placed in inches, since pictures must stay square and words must n
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 
 import matplotlib
@@ -24,6 +25,7 @@ _MARGIN = 0.12
 _TITLE = 0.42
 _HEADER = 0.24
 _NAME = 21  # letters under a picture
+_HEAT_WORDS = 1.6  # beside the bar of colours
 _DRAWN = 320  # pixels that a picture is drawn with, at least
 _RIGHT, _WRONG = '✓', '✗'
 
@@ -178,7 +180,10 @@ def _words(panel: Axes, first: str, second: str, colour: str = style.INK) -> Non
 
 def _about(caption: Caption) -> tuple[str, str]:
   """Two lines: the true class, where that is known, and the name, of a file without its folders."""
-  name = style.short(pathlib.PurePath(caption.name).name, _NAME)
+  name = pathlib.PurePath(caption.name).name
+  if len(name) > _NAME:  # the split, which the page names
+    name = re.sub(r'^.* example (\d+)$', r'example \1', name)
+  name = style.short(name, _NAME)
   true = 'true: ' + style.short(' or '.join(caption.true), _NAME - 4)
   return (true, name) if caption.true else (name, '')
 
@@ -202,7 +207,7 @@ def _percent(probability: float) -> str:
 
 def _heat_bar(fig: Figure, width: float, height: float) -> None:
   """What the colours mean."""
-  long, thick = min(2.4, width - 4 * _MARGIN), 0.1
+  long, thick = min(2.4, width - 4 * _MARGIN - _HEAT_WORDS), 0.1
   panel = fig.add_axes((2 * _MARGIN / width, 0.3 / height, long / width, thick / height))
   panel.imshow(
     np.linspace(0, 1, 256)[None], cmap=style.OVERLAY, aspect='auto', extent=(0, 100, 0, 1)

@@ -18,7 +18,7 @@ from afi_flax.analysis.examine import Examination, examine
 from afi_flax.analysis.grad_cam import Cams, GradCam
 from afi_flax.analysis.pictures import Picture
 from afi_flax.data import sources
-from afi_flax.errors import UserError, shown
+from afi_flax.errors import UserError, shown, unknown
 from afi_flax.report import Console
 from afi_flax.run import Preprocessing, Run, load_run
 
@@ -38,6 +38,7 @@ class Request:
     seed: of their choice.
     stage: that Grad-CAM looks at, from 1; None: the last.
     plus_plus: Grad-CAM++.
+    target: what Grad-CAM explains: 'predicted', 'true', or the name of a class.
     checkpoint: 'last', 'best' or a step, of both.
     data_dir: where the data are; None: where they were in training.
     train_examples: training pictures for the gap; None: as many as are evaluated; 0: none, no gap.
@@ -51,6 +52,7 @@ class Request:
   seed: int = 0
   stage: int | None = None
   plus_plus: bool = False
+  target: str = 'predicted'
   checkpoint: str = 'last'
   data_dir: str | None = None
   train_examples: int | None = None
@@ -95,8 +97,10 @@ def explain(request: Request, console: Console) -> Written:
   data_dir = data.data_dir if request.data_dir is None else request.data_dir
   source = sources.open_split(data.eval_dataset, data_dir, data.eval_split)
   chosen = _choose(request, run, source)
+  classes, target = _target(request.target, run, chosen)
   explained = [
-    _explain(label, each, runs[label].preprocessing, chosen) for label, each in networks.items()
+    _explain(label, each, runs[label].preprocessing, chosen, classes)
+    for label, each in networks.items()
   ]
   _make(folder)
   examined = {}
@@ -109,7 +113,7 @@ def explain(request: Request, console: Console) -> Written:
   stage = networks[list(runs)[-1]].stage
   parts = [
     gallery.summary(examined, _about(request, runs)),
-    _grad_cam(request, run, stage, chosen, explained),
+    _grad_cam(request, run, stage, chosen, explained, target),
     gallery.reuse(examined),
     gallery.selectivity(examined),
     gallery.gap(examined),
@@ -187,14 +191,40 @@ def _choose(request: Request, run: Run, source: sources.Arrays | sources.Encoded
   return pictures.sample(source, split, how, request.num_images, request.seed)
 
 
+def _target(target: str, run: Run, chosen: Sequence[Picture]) -> tuple[list[int] | None, str]:
+  """The class of each picture that is explained, None for what is predicted; and in words."""
+  if target == 'predicted':
+    return None, 'the class that the network predicts'
+  if target == 'true':
+    if nameless := [picture.name for picture in chosen if picture.label is None]:
+      raise UserError(
+        f'--target=true, and the true class of {shown(nameless[0])} is not known; give the name of '
+        'a class, or put the pictures into folders that are called like their classes'
+      )
+    return [picture.label for picture in chosen], 'the true class'
+  for names in (run.readable_names, run.class_names):
+    if target in names:
+      return [names.index(target)] * len(chosen), f'the class {target!r}'
+  options = ('predicted', 'true', *run.readable_names)
+  raise unknown('--target', target, options)
+
+
 def _explain(
-  label: str, network: GradCam, how: Preprocessing, chosen: Sequence[Picture]
+  label: str,
+  network: GradCam,
+  how: Preprocessing,
+  chosen: Sequence[Picture],
+  classes: Sequence[int] | None,
 ) -> Explained:
   """Grad-CAM of all pictures, some at a time, in batches of one size."""
   images = pictures.batch(chosen, how)
   size = min(_BATCH, len(images))
-  padded = np.concatenate([images, images[:1].repeat(-len(images) % size, axis=0)])
-  found = [network(padded[k : k + size]) for k in range(0, len(padded), size)]
+  indices = np.arange(len(images) + -len(images) % size) % len(images)  # the last batch is padded
+  wanted = None if classes is None else np.array(classes, np.int32)
+  found = [
+    network(images[some], None if wanted is None else wanted[some])
+    for some in np.split(indices, len(indices) // size)
+  ]
   names = (field.name for field in dataclasses.fields(Cams))
   joined = {n: np.concatenate([getattr(c, n) for c in found])[: len(images)] for n in names}
   return Explained(label, images, Cams(**joined))
@@ -225,18 +255,25 @@ def _about(request: Request, runs: Mapping[str, Run]) -> dict[str, dict[str, Any
 
 
 def _grad_cam(
-  request: Request, run: Run, stage: int, chosen: Sequence[Picture], explained: list[Explained]
+  request: Request,
+  run: Run,
+  stage: int,
+  chosen: Sequence[Picture],
+  explained: list[Explained],
+  target: str,
 ) -> gallery.Part:
   captions = [
     Caption(() if p.label is None else (run.readable_names[p.label],), p.name) for p in chosen
   ]
   method = f'{"Grad-CAM++" if request.plus_plus else "Grad-CAM"}, stage {stage}'
+  if request.target != 'predicted':
+    method += f', for {target}'
   how = 'The pictures are those of --images.'
   if not request.images:
     how = (
       f'The pictures are {len(chosen)} of {run.plan.data.eval_split}, drawn by seed {request.seed}.'
     )
-  return gallery.grad_cam(explained, captions, run.readable_names, method, how)
+  return gallery.grad_cam(explained, captions, run.readable_names, method, target, how)
 
 
 def _mistakes(

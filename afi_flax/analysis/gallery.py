@@ -105,11 +105,7 @@ def _share(share: float | None, examples: int) -> str:
 def _gap(run: Examination) -> str:
   if run.train_top1 is None:
     return '–'
-  low, high = quality.difference_interval(
-    run.train_top1, run.train_examples, run.top1, run.examples
-  )
-  points = 100 * (run.train_top1 - run.top1)
-  return f'{points:+.2f} points ({100 * low:+.1f} to {100 * high:+.1f})'
+  return accuracy_figures.gap_in_words(run)
 
 
 def grad_cam(
@@ -117,6 +113,7 @@ def grad_cam(
   captions: Sequence[Caption],
   class_names: Sequence[str],
   method: str,
+  target: str,
   chosen: str,
 ) -> Part:
   """Figure 2 of the paper.
@@ -126,11 +123,12 @@ def grad_cam(
     captions: of each picture.
     class_names: in the order of the logits.
     method: 'Grad-CAM, stage 3'.
+    target: the class that is explained, in words: 'the class that the network predicts'.
     chosen: how the pictures were chosen, a sentence.
   """
   height, width = explained[-1].cams.heat.shape[1:]
   text = (
-    f'Which places of a picture spoke for the class that the network predicts: {method} '
+    f'Which places of a picture spoke for {target}: {method} '
     f'({height} x {width} cells, interpolated). Bright places raise that class; dark ones do not '
     'matter to it or speak against it; a line says where no place speaks for it. Each heat map is '
     'scaled to its own largest value, so brightness is not comparable between maps. Under each: '
@@ -181,7 +179,8 @@ def reuse(runs: Runs) -> Part | None:
     "classes, of the classes' means: 0 where the same is reused whatever is seen. Right: the "
     'entropy of s~ divided by that of equal weights, averaged over channels and pictures: 1 where '
     'all sources weigh the same, 0 where each channel takes one alone. A block with one source has '
-    'nothing to choose, and is hatched.'
+    'nothing to choose, and is hatched. With few pictures a class, the spread is partly chance: '
+    'compare only what was measured on as many.'
   )
   shown = [
     {
@@ -224,7 +223,8 @@ def selectivity(runs: Runs) -> Part | None:
     '0: alike for all classes; 1: for one class only. In an AFI network it is that of the output '
     'of AFI, in a plain one that of the channels whose place AFI takes. Lines are means over '
     'channels; dead channels, which are zero on all pictures, do not count. By depth, the bars '
-    'hold the middle half of the channels.'
+    'hold the middle half of the channels. With few pictures a class, the largest of the means is '
+    'partly chance and the index too high: compare only what was measured on as many.'
   )
   table = page.Table('Means of the blocks', _block_means(runs), 'selectivity.csv')
   section = page.Section(
@@ -254,7 +254,18 @@ def gap(runs: Runs) -> Part | None:
     'less by heart.'
   )
   picture = _picture('gap.png', accuracy_figures.gap(runs), 'Training and evaluation accuracy')
-  return Part(page.Section('Generalisation gap', text, (picture,)), {})
+  rows = []
+  for label, run in runs.items():
+    if run.train_top1 is not None:
+      low, high = accuracy_figures.gap_interval(run)
+      rows.append(
+        {
+          'run': label, 'top1': run.top1, 'examples': run.examples, 'train_top1': run.train_top1,
+          'train_examples': run.train_examples, 'gap': run.train_top1 - run.top1,
+          'low': low, 'high': high,
+        }
+      )  # fmt: skip
+  return Part(page.Section('Generalisation gap', text, (picture,)), {'gap.csv': rows})
 
 
 def confusion(runs: Runs) -> Part:
@@ -272,7 +283,8 @@ def confusion(runs: Runs) -> Part:
   text = (
     'A row is a true class, a column what it is taken for; the diagonal is right. '
     + ('Numbers are examples.' if few else f'It is that of {list(runs)[-1]}; {together}.')
-    + ' Colours are shares of the true class.'
+    + ' Colours are shares of the true class. The table and its file have what is wrong; what is '
+    'right is in per_class.csv.'
   )
   alt = 'Confusion matrix' if few else 'Confusion matrix and the most confused pairs'
   picture = _picture('confusion.png', accuracy_figures.confusion(runs), alt)

@@ -33,16 +33,20 @@ def class_names() -> list[str]:
 
 
 def readable(names: tuple[str, ...]) -> tuple[str, ...]:
-  """'tench (n01440764)' for 'n01440764', where they are ImageNet's classes; others as they are.
+  """'tench' for 'n01440764', where all are ids of ImageNet's classes; others as they are.
 
   The words are the first ones of each class in the list that TFDS carries, in the order of the ids.
+  Two of them are called 'maillot' there, and keep their ids: 'maillot (n03710637)'.
   """
-  if len(names) != 1000 or not all(_WORDNET_ID.fullmatch(name) for name in names):
+  if not all(_WORDNET_ID.fullmatch(name) for name in names):
     return names
   from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
 
-  words = dict(zip(class_names(), IMAGENET_LABELS_LIST, strict=True))
-  return tuple(f'{words[n].partition(",")[0]} ({n})' if n in words else n for n in names)
+  firsts = [words.partition(',')[0] for words in IMAGENET_LABELS_LIST]
+  words = dict(zip(class_names(), firsts, strict=True))
+  if not words.keys() >= set(names):
+    return names
+  return tuple(f'{words[n]} ({n})' if firsts.count(words[n]) > 1 else words[n] for n in names)
 
 
 # ---- ImageNetV2: Recht et al., "Do ImageNet classifiers generalize to ImageNet?", 2019

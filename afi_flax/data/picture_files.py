@@ -110,12 +110,19 @@ def _paths(name: str, warn: bool = False) -> Iterator[str]:
 
 
 def _in_folder(folder: str, warn: bool) -> Iterator[str]:
+  others = []
   for parent, sub_folders, files in folders.walk(folder):
     if warn:
+      others += (f for f in files if not folders.is_picture(f) and not f.startswith('.'))
       for path in (os.path.join(parent, name) for name in sub_folders):
         if os.path.islink(path):
           logging.warning('%s is a link to a folder, not followed; give it by itself', shown(path))
     yield from (os.path.join(parent, name) for name in sorted(files) if folders.is_picture(name))
+  if others:
+    logging.warning(
+      '%s: %d files without the suffix of a picture are left out: %s; one given by name is read',
+      shown(folder), len(others), folders.by_suffix(others),
+    )  # fmt: skip
 
 
 def _nothing(name: str) -> UserError:

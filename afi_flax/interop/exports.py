@@ -104,12 +104,12 @@ def export_run(
       what no export wrote; what was written does not compute what Flax does.
   """
   chosen = _chosen(form)
-  place = _place(Workdir(workdir), form, out)
+  place, config = _place(Workdir(workdir), form, out), Workdir(workdir).read_config()
   say(f'restoring {checkpoint} of {workdir}')
   run = load_run(workdir, checkpoint)
   network = Network(
     run,
-    without_paths(complete(Workdir(workdir).read_config())),
+    without_paths(complete(config)),
     preprocessing and not chosen.weights_only,
     chosen.dtype,
   )

@@ -13,7 +13,9 @@ def test_gap_leaves_out_what_is_not_known():
   runs = {'a': examination(top1=0.5, train_top1=0.75), 'b': examination(train_top1=None)}
   (axes,) = accuracy_figures.gap(runs).axes
   assert ticks(axes.yaxis) == ['a']
-  assert [text.get_text() for text in axes.texts] == ['50.00%, training 75.00%: +25.00 points']
+  assert [text.get_text() for text in axes.texts] == [
+    '50.00%, training 75.00%: +25.00 points (+14.1 to +35.4)'
+  ]
   assert [list(line.get_xdata()) for line in axes.lines] == [[50, 75], [75], [50]]
 
 

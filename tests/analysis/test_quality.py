@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,12 @@ def test_the_interval_of_a_share(share, n, low, high):
 )  # fmt: skip
 def test_the_interval_of_a_difference(a, n, b, m, low, high):
   np.testing.assert_allclose(difference_interval(a, n, b, m), (low, high), atol=5e-5)
+
+
+def test_it_does_not_grow_with_what_it_counts():
+  def size(tally):
+    return sum(len(pickle.dumps(value)) for value in vars(tally).values())
+
+  rows = predictions(20_000)
+  one, all_ = tally_of({name: x[:500] for name, x in rows.items()}, 500), tally_of(rows, 500)
+  assert size(all_) < 1.1 * size(one)

@@ -177,8 +177,10 @@ def test_mistakes(tmp_path, monkeypatch):
   run = tmp_path / 'run'
   with pytest.raises(UserError, match=r"unknown format 'onx'; did you mean 'onnx'\?"):
     exports.export_run(run, 'onx')
+  said = []
   with pytest.raises(UserError, match=r'no run in .*; give the --workdir of one'):
-    exports.export_run(run, 'stablehlo')
+    exports.export_run(run, 'stablehlo', say=said.append)
+  assert not said  # the error is one line
   with pytest.raises(UserError, match='exports are written to a disk'):
     exports.export_run(run, 'stablehlo', out='gs://bucket/folder')
   absent = dataclasses.replace(exports.FORMATS['onnx'], needs='none_such')
