@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -128,3 +129,21 @@ def test_what_is_said_of_slices(root):
     sums = f'{row["all_reduces"]}, of {row["all_reduce_mib"]:.0f} MiB'
     cells = f'| {round(row["peak_mib"]):,} MiB | {sums} | {row["hours_at_best"]:.2f} hours |'
     assert cells in readme
+    _check_docstring(root / config, {key: list(found.values()) for key, found in runs.items()})
+
+
+def _check_docstring(path, runs):
+  """What a config says of memory and hours on eight chips, of its own recipe and of A3."""
+  words = ' '.join(path.read_text().split())
+  name = f'configs/{path.name}'
+  by_variant = {
+    config.partition(':')[2]: found[0]
+    for (config, scope), found in runs.items()
+    if config.partition(':')[0] == name and scope == 'global'
+  }
+  for variant, row in by_variant.items():
+    gib, hours = row['peak_mib'] / 1024, row['hours_at_best'] * row['chips'] / 8
+    says = rf'`:{variant}` {gib:.1f}\).* hours \(`:{variant}` {hours:.1f}\)'
+    if variant in ('', 'a3'):
+      says = rf'{gib:.1f} (of 16 )?GiB.{{0,40}} at best, {hours:.1f} hours'
+    assert re.search(says, words), (variant, says)
