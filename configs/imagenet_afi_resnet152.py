@@ -6,9 +6,9 @@ The paper's recipe has batch 64, which these figures are of; the learning rate f
 The command below is sized for a TPU v5e 2x4 (8 chips): 10.2 of 16 GiB a chip and, at best, 4.7
 hours: the step's memory traffic at full bandwidth, from `python -m afi_flax.fit`, not measured.
 That is 6,800 pictures/s: some 11 cores decode as many, at 616 a CPU-second.
-`:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048, with
-LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here. On the same slice
-10.8 GiB and, at best, 2.9 hours. No accuracy is published for this network.
+`:a3` is another recipe, A3 of "ResNet strikes back": 100 epochs on 160 pixels at batch 2,048,
+with LAMB, binary cross-entropy, RandAugment, mixup and cutmix; not yet trained here. On the same
+slice 10.8 GiB and, at best, 2.9 hours. No accuracy is published for this network.
 Variants: `:a3`, `:b`, `:stages=1+2`, one of `:se`, `:ge`, `:cbam`, `:eca` (an attention on AFI's
 result), `:smoke` (four steps on fake pictures of 64 pixels), joined by commas.
 

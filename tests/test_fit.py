@@ -115,7 +115,7 @@ def test_what_is_said_of_slices(root):
         'one a convolution, forward and backward, and the gradients'
       )
     else:
-      assert row['all_reduces'] <= 2, 'the gradients'
+      assert row['all_reduces'] <= (4 if '152' in row['network'] else 2), 'the gradients'
     runs.setdefault((row['config'], row['bn_scope']), {})[row['topology']] = row
   readme = (root / 'README.md').read_text()
   for network in ('resnet50', 'afi_resnet50', 'resnet152', 'afi_resnet152'):
