@@ -4,7 +4,7 @@ Expect 77.0% top-1, 93.3% top-5 (paper), 60,192,808 parameters; `:se` (SE-ResNet
 Squeeze-and-Excitation on every block) 78.43%, 94.27%, 66,770,984 parameters.
 The paper's recipe has batch 64, which these figures are of; the learning rate follows
 `--config.batch_size`, and a large one wants a warm-up.
-The command below is sized for a TPU v5e 2x4 (8 chips): 9.7 of 16 GiB a chip (`:se` 9.6) and, at
+The command below is sized for a TPU v5e 2x4 (8 chips): 9.7 of 16 GiB a chip (`:se` 9.9) and, at
 best, 4.6 hours (`:se` 5.1): the step's memory traffic at full bandwidth, from `python -m
 afi_flax.fit`, not measured. That is 7,000 pictures/s: some 12 cores decode as many, at 616 a
 CPU-second.

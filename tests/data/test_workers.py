@@ -199,8 +199,10 @@ def test_signals_for_all_do_not_end_the_workers(streams, caplog):
 
 # ---- the main process
 
+# A shell lets what it starts in the background ignore Ctrl-C, and so what that starts.
 MAIN = """
-import itertools, time
+import itertools, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from afi_flax.data import pipeline, workers
 from tests.data import makers
 if __name__ == '__main__':
