@@ -118,6 +118,12 @@ class TestPlainLines:
       f'1000/7800  epoch  2.56  loss 1.234  top-1 50.0%  {speed}  56:40 left',
     ]
 
+  def test_a_run_that_had_ended_here_before_shows_no_speed(self, make, capsys):
+    reporter = make()
+    reporter.train(record(50) | {'images_per_second': 0.0}, 0.1)
+    reporter.close()
+    assert 'pictures/s' not in capsys.readouterr().err
+
   def test_an_evaluation(self, make, capsys):
     reporter = make()
     reporter.evaluation(record(780, 'test', loss=2.5, top1=0.7123, examples=10000))

@@ -91,7 +91,7 @@ def _figures(runs: Runs) -> list[tuple[str, Callable[[Examination], str]]]:
     ('NLL', lambda r: f'{r.nll:.3f} nats'),
     ('ECE', lambda r: f'{r.reliability.ece:.2%}'),
     ('training top-1', lambda r: _share(r.train_top1, r.train_examples)),
-    ('gap', _gap),
+    ('gap', lambda r: '–' if r.train_top1 is None else accuracy_figures.gap_in_words(r)),
   ]
 
 
@@ -100,12 +100,6 @@ def _share(share: float | None, examples: int) -> str:
     return '–'
   low, high = quality.interval(share, examples)
   return f'{share:.2%} ({100 * low:.1f} to {100 * high:.1f})'
-
-
-def _gap(run: Examination) -> str:
-  if run.train_top1 is None:
-    return '–'
-  return accuracy_figures.gap_in_words(run)
 
 
 def grad_cam(
@@ -254,17 +248,15 @@ def gap(runs: Runs) -> Part | None:
     'less by heart.'
   )
   picture = _picture('gap.png', accuracy_figures.gap(runs), 'Training and evaluation accuracy')
-  rows = []
-  for label, run in runs.items():
-    if run.train_top1 is not None:
-      low, high = accuracy_figures.gap_interval(run)
-      rows.append(
-        {
-          'run': label, 'top1': run.top1, 'examples': run.examples, 'train_top1': run.train_top1,
-          'train_examples': run.train_examples, 'gap': run.train_top1 - run.top1,
-          'low': low, 'high': high,
-        }
-      )  # fmt: skip
+  rows = [
+    {
+      'run': label, 'top1': run.top1, 'examples': run.examples, 'train_top1': run.train_top1,
+      'train_examples': run.train_examples, 'gap': run.train_top1 - run.top1,
+      **dict(zip(('low', 'high'), accuracy_figures.gap_interval(run), strict=True)),
+    }
+    for label, run in runs.items()
+    if run.train_top1 is not None
+  ]  # fmt: skip
   return Part(page.Section('Generalisation gap', text, (picture,)), {'gap.csv': rows})
 
 

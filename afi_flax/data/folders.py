@@ -103,6 +103,16 @@ def by_suffix(files: Iterable[str]) -> str:
   return ', '.join(f'{count:,} of {shown(suffix)}' for suffix, count in suffixes.most_common(3))
 
 
+def warn_of_others(folder: str | os.PathLike, others: Iterable[str]) -> None:
+  """Says how many files below a folder are left out, but for hidden ones."""
+  visible = [name for name in others if not name.startswith('.')]
+  if visible:
+    logging.warning(
+      '%s: %d files have not the suffix of a picture and are left out: %s',
+      shown(str(folder)), len(visible), by_suffix(visible),
+    )  # fmt: skip
+
+
 def read_file(path: str) -> bytes:
   """All of a file; OSError where it is none, without waiting for someone to write to a pipe."""
   with open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
@@ -173,7 +183,7 @@ def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
       links += [path for f in sub_folders if os.path.islink(path := os.path.join(parent, f))]
       within = os.path.relpath(parent, folder)
       chosen = [f for f in sorted(files) if is_picture(f)]
-      others += [f for f in files if not is_picture(f) and not f.startswith('.')]
+      others += [f for f in files if not is_picture(f)]
       paths += [os.fsencode(os.path.join(within, f)) for f in chosen]
       labels += [label] * len(chosen)
   if not paths:
@@ -184,11 +194,7 @@ def list_pictures(folder: pathlib.Path, classes: tuple[str, ...]) -> Pictures:
     )
   if links:
     logging.warning('links to folders in class folders are not followed: %s', _shown(links))
-  if others:
-    logging.warning(
-      '%s: %d files in class folders have not the suffix of a picture and are left out: %s',
-      shown(str(folder)), len(others), by_suffix(others),
-    )  # fmt: skip
+  warn_of_others(folder, others)
   _warn_of_twins(folder, classes)
   crc = np.array([zlib.crc32(path) for path in paths], np.uint32)
   order = np.argsort(random_draws.bits(random_draws.FILE_ORDER, crc), kind='stable')

@@ -113,16 +113,12 @@ def _in_folder(folder: str, warn: bool) -> Iterator[str]:
   others = []
   for parent, sub_folders, files in folders.walk(folder):
     if warn:
-      others += (f for f in files if not folders.is_picture(f) and not f.startswith('.'))
+      others += (name for name in files if not folders.is_picture(name))
       for path in (os.path.join(parent, name) for name in sub_folders):
         if os.path.islink(path):
           logging.warning('%s is a link to a folder, not followed; give it by itself', shown(path))
     yield from (os.path.join(parent, name) for name in sorted(files) if folders.is_picture(name))
-  if others:
-    logging.warning(
-      '%s: %d files without the suffix of a picture are left out: %s; one given by name is read',
-      shown(folder), len(others), folders.by_suffix(others),
-    )  # fmt: skip
+  folders.warn_of_others(folder, others)
 
 
 def _nothing(name: str) -> UserError:

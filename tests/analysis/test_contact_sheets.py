@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from afi_flax.analysis import contact_sheets, style
 from afi_flax.analysis.contact_sheets import Caption, Explained
@@ -39,6 +40,19 @@ def test_no_heat_is_the_picture_in_the_dark():
   drawn = contact_sheets.overlay(image, np.zeros((2, 2), np.float32))
   assert drawn.std(axis=(0, 1)).max() == 0
   assert drawn.mean() < 100
+
+
+@pytest.mark.parametrize('runs', [1, 2])
+def test_all_words_are_inside_the_figure(runs):
+  several = [explained('afi', 2, k) for k in range(runs)]
+  captions = [Caption(('cat',), 'test[:300] example 202'), Caption(('dog',), 'b.jpg')]
+  fig = contact_sheets.grad_cam(several, captions, CLASSES, 'Grad-CAM, stage 3')
+  fig.canvas.draw()
+  for text in (text for axes in fig.axes for text in axes.texts):
+    box = text.get_window_extent()
+    assert fig.bbox.x0 <= box.x0, text
+    assert box.x1 <= fig.bbox.x1, text
+  assert 'example 202' in words(fig), 'the number tells it apart'
 
 
 def test_a_row_a_picture_with_what_each_network_says():

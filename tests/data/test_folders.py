@@ -57,7 +57,7 @@ def test_what_is_a_picture_and_what_a_class(picture_folder, caplog):
   assert split.read(odd)[1] == 0
   links, left_out = (record.getMessage() for record in caplog.records)
   assert links.startswith('links to folders')
-  assert left_out.startswith(f'{train}: 3 files in class folders have not the suffix')
+  assert left_out.startswith(f'{train}: 3 files have not the suffix of a picture')
   assert left_out.endswith(': 2 of .heic, 1 of .txt')
 
 

@@ -66,8 +66,7 @@ def test_links(photos, caplog):
   assert list(listed) == [*(f'photos/{name}' for name in first), IN_PHOTOS[2]]
   assert [record.getMessage() for record in caplog.records] == [
     'photos/loop is a link to a folder, not followed; give it by itself',
-    'photos: 2 files without the suffix of a picture are left out: 1 of .txt, 1 of no suffix; one '
-    'given by name is read',
+    'photos: 2 files have not the suffix of a picture and are left out: 1 of .txt, 1 of no suffix',
   ]
   assert len(picture_files.find(['photos/loop'])) == 5
 
