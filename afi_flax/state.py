@@ -13,7 +13,7 @@ import optax
 from clu import parameter_overview
 from flax import linen as nn
 
-from afi_flax import background, metrics
+from afi_flax import background, keys, metrics
 from afi_flax.models import parts as parts_lib
 
 PyTree = Any
@@ -51,7 +51,7 @@ def create(
 ) -> TrainState:
   """The state before the first step; a pure function of the seed, to be jitted or traced."""
   images = jnp.zeros([1, image_size, image_size, 3])
-  variables = model.init(jax.random.key(seed), images, train=False)
+  variables = model.init(keys.key(seed), images, train=False)
   return TrainState(
     step=jnp.zeros([], 'int32'),
     data_step=jnp.zeros([], 'int32'),
@@ -96,12 +96,8 @@ class Initial:
     ema: bool = False,
   ):
     """Traces what makes it."""
-    # XLA's CPU compiler would optimise for 11 s (ResNet-32) what runs once in milliseconds.
-    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     init = jax.jit(
-      lambda seed: create(model, optimizer, image_size, seed, ema),
-      out_shardings=sharding,
-      compiler_options=options,
+      lambda seed: create(model, optimizer, image_size, seed, ema), out_shardings=sharding
     )
     self._seed = jnp.uint32(seed)  # an argument, so that one compiled program serves all seeds
     self._traced = init.trace(self._seed)

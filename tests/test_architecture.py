@@ -19,6 +19,7 @@ TOP = MIDDLE | {
 ALLOWED = {
   'errors': set(),
   'random_draws': set(),
+  'keys': {'random_draws'},
   'background': set(),
   'models': {'errors', 'models'},
   'data': {'errors', 'random_draws', 'data'},
@@ -29,7 +30,7 @@ ALLOWED = {
   'metrics': LOW,
   'sharding': LOW,
   'optim': LOW | {'config', 'models'},
-  'state': PARTS,
+  'state': PARTS | {'keys'},
   'steps': PARTS | {'state'},
   'files': {'errors'},
   'bucket': {'errors', 'files'},

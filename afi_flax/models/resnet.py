@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 
 from afi_flax.models.fusion import Attention, Features, Fuse, Fusion, run_stage, scale_branch
-from afi_flax.models.layers import ConvBN, Dtype, Head, stem_pool
+from afi_flax.models.layers import ConvBN, Dtype, Head, relu, stem_pool
 
 Array = jax.Array
 
@@ -91,7 +91,7 @@ def _add_shortcut(
     x = ConvBN(y.shape[-1], 1, block.strides, activation='', dtype=block.dtype, name='shortcut')(
       x, train
     )
-  return nn.relu(x + y)
+  return relu(x + y)
 
 
 class ResNet(nn.Module):

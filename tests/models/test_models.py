@@ -307,8 +307,17 @@ def test_pools_every_feature_once():
   jaxpr = jax.make_jaxpr(lambda v: model.apply(v, jnp.zeros([2, 32, 32, 3]), train=False))(
     variables
   )
+
+  def equations(jaxpr):
+    for equation in jaxpr.eqns:
+      yield equation
+      if equation.primitive.name == 'jit':
+        yield from equations(equation.params['jaxpr'].jaxpr)
+
   pools = [
-    e for e in jaxpr.jaxpr.eqns if e.primitive.name == 'reduce_sum' and e.params['axes'] == (1, 2)
+    e
+    for e in equations(jaxpr.jaxpr)
+    if e.primitive.name == 'reduce_sum' and e.params['axes'] == (1, 2)
   ]
   assert len(pools) == 3 * 4 + 1  # features 1 to 4 of each stage, and the head
 

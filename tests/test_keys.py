@@ -1,0 +1,56 @@
+"""Keys against the hash that their bits are, as numpy computes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from afi_flax import keys, random_draws, sharding
+
+
+def test_bits_are_the_hash():
+  found = jax.random.bits(jax.random.fold_in(keys.key(7), 1234), [3, 5])
+  inner = random_draws.bits(7, 1234)
+  wanted = random_draws.bits(inner, np.arange(15)).reshape(3, 5)
+  np.testing.assert_array_equal(found, wanted)
+  first, second = jax.random.split(keys.key(7))
+  np.testing.assert_array_equal(jax.random.key_data(second), [random_draws.bits(7, 1)])
+  assert (jax.random.bits(first, [8]) != jax.random.bits(second, [8])).all()
+
+
+def test_never_change():
+  """Or a run that is started again before its first checkpoint would be another run."""
+  found = jax.random.normal(jax.random.fold_in(keys.key(0), 42), [3])
+  np.testing.assert_allclose(found, [-0.3721087, -0.0866317, 0.8392815], rtol=1e-6)
+
+
+def test_seed_is_an_argument():
+  draw = jax.jit(lambda seed: jax.random.bits(keys.key(seed), [4]))
+  np.testing.assert_array_equal(draw(jnp.uint32(3)), jax.random.bits(keys.key(3), [4]))
+  assert (draw(jnp.uint32(4)) != draw(jnp.uint32(3))).all()
+
+
+def test_normal_and_independent():
+  """Moments of a million numbers, and correlations between tensors and neighbours."""
+  whole = jax.random.fold_in(keys.key(1), 5)
+  x = np.asarray(jax.random.normal(whole, [1000, 1000]), 'float64')
+  y = np.asarray(jax.random.normal(jax.random.fold_in(keys.key(1), 6), [1000, 1000]), 'float64')
+  for power, moment in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
+    spread = np.sqrt(np.mean(x ** (2 * power)) / x.size)
+    assert abs(np.mean(x**power) - moment) < 4 * spread
+  for other in (y, np.roll(x, 1), np.roll(x, 1000), x.T):
+    assert abs(np.mean(x * other)) < 4 / np.sqrt(x.size) + (other is x.T) * 1 / 1000
+
+
+def test_split_over_devices():
+  """Each device makes its own part of the same numbers."""
+  mesh = sharding.make_mesh()
+  split = NamedSharding(mesh, PartitionSpec('data'))
+  draw = jax.jit(lambda: jax.random.normal(keys.key(2), [16, 3]), out_shardings=split)
+  np.testing.assert_array_equal(draw(), jax.random.normal(keys.key(2), [16, 3]))
+
+
+def test_other_widths_are_refused():
+  with pytest.raises(ValueError, match='have 32 bits a draw, not 16'):
+    jax.random.bits(keys.key(0), [2], 'uint16')
