@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all faults tensorflow-test parity bench-setup lint help
+.PHONY: quickstart test test-all faults gpu-test tensorflow-test parity bench-setup lint help
 
 help:
 	@echo 'make quickstart  train a small AFI network on handwritten digits, in a minute or two'
@@ -13,6 +13,7 @@ help:
 	@echo 'make tensorflow-test VENV=.venv-tensorflow  what needs TensorFlow, which stays in VENV (3 GB)'
 	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
 	@echo 'make bench-setup that environment alone: what the benchmarks compare with'
+	@echo 'make gpu-test    this machine'"'"'s GPU against its CPU'
 	@echo 'make lint        ruff'
 
 quickstart: $(VENV)/installed
@@ -26,6 +27,10 @@ test-all: $(VENV)/installed-test
 
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault
+
+# In one process, which leaves memory of the GPU for the commands that the tests start.
+gpu-test: $(VENV)/installed-cuda
+	AFI_FLAX_TEST_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 tensorflow-test: $(VENV)/installed-tensorflow
 	$(BIN)/python -m pytest tests/interop/test_savedmodel.py tests/data/test_prepare.py
@@ -51,6 +56,10 @@ $(VENV)/installed: requirements.txt | $(BIN)/python
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/installed-cuda: pyproject.toml $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda]'
 	touch $@
 
 $(VENV)/installed-tensorflow: pyproject.toml $(VENV)/installed-test

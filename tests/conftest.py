@@ -14,7 +14,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault(  # or it leaves a folder in the repository
   'HYPOTHESIS_STORAGE_DIRECTORY', os.path.expanduser('~/.cache/afi_flax/hypothesis')
 )
-jax.config.update('jax_platforms', 'cpu')
+# 'cuda,cpu' for the tests of a GPU; every other test is one of the CPU.
+jax.config.update('jax_platforms', os.environ.get('AFI_FLAX_TEST_PLATFORMS', 'cpu'))
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(
