@@ -6,6 +6,9 @@
 #   --processes N  several processes that share one run, as on N hosts: to try that out
 #   --dry_run      prints what would run
 #
+# On the CPU a step takes about a tenth less time than started by hand: glibc is asked for huge pages,
+# unless GLIBC_TUNABLES says something else.
+#
 # PYTHON is the interpreter; without it that of .venv where there is one. The same command goes on
 # with a run that was stopped. Exit status: that of afi_flax.main, 0 done, 2 a mistake, 74 something
 # failed, such as the disk, 75 stopped by a signal with the state saved.
@@ -21,6 +24,8 @@ if [[ -z ${PYTHON-} ]]; then
   PYTHON=$root/.venv/bin/python
   [[ -x $PYTHON ]] || PYTHON=python3
 fi
+# XLA allocates a step's memory anew each time, and the CPU's first touch of each page costs.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 cd "$root"
 command=("$PYTHON" -m afi_flax.main "${main_flags[@]}")
 

@@ -35,6 +35,8 @@ PYTHON = """#!{python}
 import json, os, sys
 if sys.argv[1] == '-c':
   os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with open({calls!r} + '.tunables', 'w') as file:
+  file.write(os.environ.get('GLIBC_TUNABLES', 'none'))
 with open({calls!r}, 'a') as file:
   file.write(json.dumps(sys.argv[1:]) + chr(10))
 sys.exit(int(open({status!r}).read()))
@@ -89,6 +91,11 @@ class Machine:
       (self._stand_ins / name).write_text(text + '\n')
       (self._stand_ins / name).chmod(0o755)
     self.ends_with(0)
+
+  @property
+  def tunables(self):
+    """What the last call of Python had as GLIBC_TUNABLES."""
+    return self._calls.with_suffix('.tunables').read_text()
 
   def ends_with(self, status):
     """What afi_flax.main ends with."""
@@ -160,6 +167,13 @@ def test_every_launcher_hands_on_the_command_line(machine):
   assert machine.calls() == [['-m', 'afi_flax.main', *FLAGS]] * 3
   args = container(manifest(machine, *GKE_TPU, '--', *FLAGS))['args']
   assert [arg.replace('$$(', '$(') for arg in args] == FLAGS
+
+
+def test_local_asks_for_huge_pages(machine, monkeypatch):
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  for given, wanted in ((None, 'glibc.malloc.hugetlb=1'), ('', ''), ('glibc.a=2', 'glibc.a=2')):
+    machine.launch('local.sh', '--', *FLAGS, env={} if given is None else {'GLIBC_TUNABLES': given})
+    assert machine.tunables == wanted
 
 
 @pytest.mark.slow
