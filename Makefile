@@ -13,7 +13,7 @@ help:
 	@echo 'make tensorflow-test VENV=.venv-tensorflow  what needs TensorFlow, which stays in VENV (3 GB)'
 	@echo 'make parity      the networks against PyTorch and timm, in an environment of its own (5 GB)'
 	@echo 'make bench-setup that environment alone: what the benchmarks compare with'
-	@echo 'make gpu-test    this machine'"'"'s GPU against its CPU'
+	@echo 'make gpu-test VENV=.venv-cuda  this GPU against this CPU, in an environment of its own'
 	@echo 'make lint        ruff'
 
 quickstart: $(VENV)/installed
@@ -28,9 +28,8 @@ test-all: $(VENV)/installed-test
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --faults --faults_json results/faults.json -m fault
 
-# In one process, which leaves memory of the GPU for the commands that the tests start.
 gpu-test: $(VENV)/installed-cuda
-	AFI_FLAX_TEST_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	AFI_FLAX_TEST_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 tensorflow-test: $(VENV)/installed-tensorflow
 	$(BIN)/python -m pytest tests/interop/test_savedmodel.py tests/data/test_prepare.py

@@ -6,8 +6,8 @@
 #   --processes N  several processes that share one run, as on N hosts: to try that out
 #   --dry_run      prints what would run
 #
-# On the CPU a step takes about a tenth less time than started by hand: glibc is asked for huge pages,
-# unless GLIBC_TUNABLES says something else.
+# glibc (2.35 or later, on Linux) is asked for huge pages, unless GLIBC_TUNABLES says something else,
+# with which a step on the CPU takes about a tenth less time; --dry_run does not print that.
 #
 # PYTHON is the interpreter; without it that of .venv where there is one. The same command goes on
 # with a run that was stopped. Exit status: that of afi_flax.main, 0 done, 2 a mistake, 74 something
