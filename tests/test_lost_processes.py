@@ -80,7 +80,7 @@ def test_one_hangs(tmp_path, at_full_size, victim):
 @pytest.mark.fault(
   'machine',
   'SIGKILL of all of 4 processes; then 1 or 2 go on',
-  'the same examples; losses equal to 1e-3',
+  'the same examples; losses equal to 1e-4 in five steps, to 1e-2 in eight',
 )
 def test_killed_on_four_and_resumed_on_others(tmp_path):
   """4 x 2 devices are killed, 1 x 1 and 2 x 4 go on, as 1 x 1 that is left alone."""
@@ -111,7 +111,10 @@ def test_killed_on_four_and_resumed_on_others(tmp_path):
     assert watched.ids(resumed) == {n: ids for n, ids in examples.items() if n > start}
     losses, wanted = train_losses(workdir), train_losses(tmp_path / 'alone')
     assert list(losses) == list(range(1, steps + 1))
-    np.testing.assert_allclose(list(losses.values()), list(wanted.values()), rtol=1e-3)
+    found, wanted = (np.array(list(of.values())) for of in (losses, wanted))
+    # Each step makes a difference of the last bits up to ten times as large.
+    np.testing.assert_allclose(found[:5], wanted[:5], rtol=1e-4)
+    np.testing.assert_allclose(found, wanted, rtol=1e-2)
 
 
 def train_losses(workdir):
