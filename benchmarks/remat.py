@@ -88,7 +88,7 @@ def draw(path: str, peaks: dict, seconds: dict) -> None:
   axes.set_xlabel('peak memory', fontsize=9, color='#333333')
   axes.set_ylabel('time of a training step', fontsize=9, color='#333333')
   axes.set_xlim(left=0)
-  axes.set_ylim(bottom=0)
+  axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room for the uppermost word
   axes.legend(frameon=False, fontsize=8, loc='lower left')
   fig.savefig(path)
 
