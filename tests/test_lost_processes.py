@@ -80,17 +80,18 @@ def test_one_hangs(tmp_path, at_full_size, victim):
 @pytest.mark.fault(
   'machine',
   'SIGKILL of all of 4 processes; then 1 or 2 go on',
-  'the same examples; losses equal to 1e-4 in five steps, to 1e-2 in eight',
+  'the same examples; losses equal to 1e-3',
 )
 def test_killed_on_four_and_resumed_on_others(tmp_path):
   """4 x 2 devices are killed, 1 x 1 and 2 x 4 go on, as 1 x 1 that is left alone."""
   steps = 8  # in which a rounding error does not grow too large
-  larger = '--config.batch_size=32'  # nor does it as fast as with statistics over 8
-  alone = Watched(tmp_path / 'marks', *flags(tmp_path / 'alone', steps), larger)
+  # Nor does it as fast as with statistics over 8, or with longer steps.
+  slow = '--config.batch_size=32', '--config.schedule.base_lr=0.01'
+  alone = Watched(tmp_path / 'marks', *flags(tmp_path / 'alone', steps), *slow)
   finish(alone)
   examples = watched.ids([alone])
   running = watched.together(
-    tmp_path / 'marks', 4, *flags(tmp_path / 'run', steps), larger, devices=2
+    tmp_path / 'marks', 4, *flags(tmp_path / 'run', steps), *slow, devices=2
   )
   assert running[0].until(SEALED)
   assert running[0].until(STEP, 6)
@@ -104,7 +105,7 @@ def test_killed_on_four_and_resumed_on_others(tmp_path):
   for count, devices in ((1, 1), (2, 4)):
     workdir = tmp_path / f'{count} x {devices}'
     shutil.copytree(tmp_path / 'run', workdir)
-    command = (*flags(workdir, steps), larger)
+    command = (*flags(workdir, steps), *slow)
     resumed = watched.together(tmp_path / 'marks', count, *command, devices=devices)
     errs = [finish(run) for run in resumed]
     start = int(re.search(r'resumed at step (\d+)', errs[0])[1])
@@ -112,9 +113,8 @@ def test_killed_on_four_and_resumed_on_others(tmp_path):
     losses, wanted = train_losses(workdir), train_losses(tmp_path / 'alone')
     assert list(losses) == list(range(1, steps + 1))
     found, wanted = (np.array(list(of.values())) for of in (losses, wanted))
-    # Each step makes a difference of the last bits up to ten times as large.
     np.testing.assert_allclose(found[:5], wanted[:5], rtol=1e-4)
-    np.testing.assert_allclose(found, wanted, rtol=1e-2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
 def train_losses(workdir):

@@ -203,20 +203,24 @@ def _normalise(
     scale, bias = scale[None], bias[None]
   mean = x.mean(axes)  # [C], or [G,C]
   var = jnp.maximum((x * x).mean(axes) - mean * mean, 0)
-  factor = scale * jax.lax.rsqrt(var + EPSILON)
-  factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
+  y = _scaled(x, scale, bias, mean, var).reshape(shape).astype(dtype)
   new = (v.reshape(-1, shape[-1]).mean(0) for v in (mean, var))
   running = tuple(MOMENTUM * old + (1 - MOMENTUM) * v for old, v in zip(running, new, strict=True))
-  return (x * factor + offset).reshape(shape).astype(dtype), running
+  return y, running
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _affine(x: Array, scale: Array, bias: Array, mean: Array, var: Array, dtype: Dtype) -> Array:
   """x normalised by the statistics given: [B,...,C] of dtype."""
-  axes = tuple(range(x.ndim - 1))
+  return _scaled(x.astype('float32'), scale, bias, mean, var).astype(dtype)
+
+
+def _scaled(x: Array, scale: Array, bias: Array, mean: Array, var: Array) -> Array:
+  """x * a + b, f32, by statistics [C] of x [B,...,C], or [G,C] of the parts of x [G,B/G,...,C]."""
+  axes = tuple(range(mean.ndim - 1, x.ndim - 1))
   factor = scale * jax.lax.rsqrt(var + EPSILON)
   factor, offset = (jnp.expand_dims(v, axes) for v in (factor, bias - mean * factor))
-  return (x.astype('float32') * factor + offset).astype(dtype)
+  return x * factor + offset
 
 
 def stem_pool(x: Array) -> Array:
