@@ -208,6 +208,16 @@ def test_the_state_may_be_donated_while_it_is_saved(opened):
   np.testing.assert_array_equal(restored['x'], expected)
 
 
+def test_nothing_is_cut_for_several_devices_that_hold_the_same(opened, monkeypatch):
+  """Training would wait for it: a slice a device of each array, one after another."""
+  cuts, cut = [], jax.lax.slice_in_dim
+  monkeypatch.setattr(jax.lax, 'slice_in_dim', lambda *a, **k: cuts.append(a) or cut(*a, **k))
+  state = make_state(1, replicated(8), features=8)
+  opened().save(1, state, wait=True)
+  assert not cuts
+  assert_equal(opened().restore(abstract(state))[0], state)
+
+
 def test_poll_seals_what_has_been_committed(folder, opened):
   checkpoints = opened()
   checkpoints.poll()
