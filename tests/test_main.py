@@ -312,7 +312,7 @@ def test_utilisation_of_devices_whose_peak_is_known(tmp_path, monkeypatch):
 )
 def test_stopped_by_sigterm_and_resumed(tmp_path):
   """SIGTERM in the middle of an epoch and of a log line: as if it had never come."""
-  flags = ('--config.epochs=2', '--config.run.log_every_steps=7')
+  flags = ('--config.model.name=resnet20', '--config.epochs=2', '--config.run.log_every_steps=7')
   main(*digits(tmp_path / 'whole', *flags))
   workdir = tmp_path / 'stopped'
   stops = 0
@@ -370,7 +370,8 @@ def test_two_processes_are_one_run(four_steps, tmp_path):
 )
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
   workdir = tmp_path / 'run'
-  flags = digits(workdir, '--config.epochs=2', '--config.run.log_every_steps=7')
+  short = ('--config.model.name=resnet20', '--config.epochs=2', '--config.run.log_every_steps=7')
+  flags = digits(workdir, *short)
   processes = start_two(*flags)
   while all(p.poll() is None for p in processes) and not (workdir.exists() and lines(workdir)):
     time.sleep(0.02)
