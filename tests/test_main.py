@@ -312,7 +312,7 @@ def test_utilisation_of_devices_whose_peak_is_known(tmp_path, monkeypatch):
 )
 def test_stopped_by_sigterm_and_resumed(tmp_path):
   """SIGTERM in the middle of an epoch and of a log line: as if it had never come."""
-  flags = ('--config.model.name=resnet20', '--config.epochs=2', '--config.run.log_every_steps=7')
+  flags = ('--config.epochs=2', '--config.run.log_every_steps=7')
   main(*digits(tmp_path / 'whole', *flags))
   workdir = tmp_path / 'stopped'
   stops = 0
