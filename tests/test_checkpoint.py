@@ -651,7 +651,7 @@ def test_two_processes_decide_alike(tmp_path):
     port = s.getsockname()[1]
   processes = [run_python(TWO_PROCESSES, i, port, tmp_path) for i in (0, 1)]
   try:  # where one has failed, the other waits for it
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    assert [p.wait(timeout=300) for p in processes] == [0, 0]
   finally:
     for p in processes:
       p.kill()

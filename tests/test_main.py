@@ -370,8 +370,7 @@ def test_two_processes_are_one_run(four_steps, tmp_path):
 )
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
   workdir = tmp_path / 'run'
-  short = ('--config.model.name=resnet20', '--config.epochs=2', '--config.run.log_every_steps=7')
-  flags = digits(workdir, *short)
+  flags = digits(workdir, '--config.epochs=2', '--config.run.log_every_steps=7')
   processes = start_two(*flags)
   while all(p.poll() is None for p in processes) and not (workdir.exists() and lines(workdir)):
     time.sleep(0.02)

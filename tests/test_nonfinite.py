@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afi_flax import config, nonfinite, preprocess, run, sharding, train
+from afi_flax import config, nonfinite, preprocess, run, train
 from afi_flax.checkpoint import Checkpoints
 from afi_flax.data import sources
 from afi_flax.errors import UserError
@@ -114,13 +114,10 @@ def poisoned(normalise):
 @pytest.fixture
 def poison(monkeypatch):
   monkeypatch.setattr(preprocess, 'normalise', poisoned(preprocess.normalise))
-  two = sharding.make_mesh(jax.devices()[:2])  # eight take half as long again
-  monkeypatch.setattr(sharding, 'make_mesh', lambda: two)
 
 
 def recipe(policy, **keys):
   made = digits.get_config('')
-  made.model.name = 'resnet20'
   made.data.augment = 'none'  # so that they stay recognisable
   made.batch_size, made.epochs = 48, 1.5
   made.run.log_every_steps, made.run.save_every_steps = 4, 6
